@@ -1,0 +1,399 @@
+"""What a run is: validated settings, reproducible randomness, a run folder,
+whole-or-nothing checkpoints.
+
+Nothing here knows about diffusion. A run folder holds settings.json, metrics.jsonl, samples/, the
+two newest checkpoint-NNNNNN/ and, at the end, the result. Everything is safetensors or JSON;
+nothing is ever unpickled, so loading a stranger's checkpoint cannot run a stranger's code.
+
+Three mechanisms carry the robustness of the project, and each exists once:
+  parse_settings   the only place where the command line is read and checked
+  save_whole       the only way a folder is written: temporary name, fsync, rename
+  Run.resume       the only reader of checkpoints: checks the hashes, falls back to the one before
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 1        # [ours] version of the run folder; a newer one is refused, never guessed at
+KEEP = 2          # [ours] how many checkpoints stay on disk
+# settings that a resumed run may change without changing the result
+MAY_CHANGE = {"out", "iterations", "checkpoint_every", "sample_every", "log_every", "device",
+              "overwrite", "debug", "dry_run"}
+
+
+class UserError(Exception):
+    """Something the user can put right. Shown as one line; the exit code is 2."""
+
+
+# ----------------------------------------------------------------------------- settings
+
+def option(default, text, low=None, high=None, above=None, choices=None):
+    """A settings field: default, help text (meaning, unit, origin),
+    and the range a value must lie in.
+
+    low and high are inclusive, above is exclusive. A default of None means "taken from the model's
+    preset".
+    """
+    return dataclasses.field(default=default, metadata=dict(
+        text=text, low=low, high=high, above=above, choices=choices))
+
+
+def check_value(name, value, kind, rule):
+    """The value of one setting, converted and checked. Raises UserError with one clear line."""
+    try:
+        value = kind(value)
+    except ValueError:
+        article = "an" if kind is int else "a"
+        raise UserError(f"{name} must be {article} {_KINDS[kind]}, not {value!r}") from None
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value}")
+    if kind is str and (not value or "\0" in value):
+        raise UserError(f"{name} must not be empty and must not hold NUL characters")
+    if rule["choices"] and value not in rule["choices"]:
+        raise UserError(f"{name} must be one of {', '.join(map(str, rule['choices']))}, "
+                        f"not {value}")
+    for bound, wrong, words in (("low", lambda b: value < b, "at least"),
+                                ("high", lambda b: value > b, "at most"),
+                                ("above", lambda b: value <= b, "more than")):
+        if rule[bound] is not None and wrong(rule[bound]):
+            raise UserError(f"{name} must be {words} {rule[bound]}, not {value}")
+    return value
+
+
+_KINDS = {int: "integer", float: "number", str: "text"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def parse_settings(cls, argv=None, prog=None, description=None):
+    """The settings dataclass `cls` filled from the command line:
+    field learning_rate is --learning-rate.
+
+    Types come from the annotations (bool fields are flags). Unknown options, wrong types and values
+    out of range raise UserError before anything is imported, loaded or written.
+    """
+    prog = prog or Path(sys.argv[0]).name
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    for field in dataclasses.fields(cls):
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["text"].replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif field.type is list:
+            parser.add_argument(flag, nargs="+", help=text, metavar="X")
+        else:
+            shown = "from the preset" if field.default is None else field.default
+            parser.add_argument(flag, help=f"{text} (default: {shown})", metavar="X")
+    given = vars(parser.parse_args(argv))
+    values = {}
+    for field in dataclasses.fields(cls):
+        value, flag = given[field.name], "--" + field.name.replace("_", "-")
+        if value is None or value is False:
+            continue
+        if field.type is list:
+            value = [check_value(flag, v, str, field.metadata) for v in value]
+        elif field.type is not bool:
+            value = check_value(flag, value, field.type, field.metadata)
+        values[field.name] = value
+    return cls(**values)
+
+
+def command(main):
+    """Decorates a script's main(argv):
+    user mistakes become one line and exit code 2, never a traceback.
+
+    Ctrl-C and SIGTERM reach the training loops through Run.interrupted; anywhere else they leave
+    with 130. A full disk or a folder that cannot be written is one line and exit code 1.
+    """
+    def wrapped(argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        quiet()
+        try:
+            return main(argv)
+        except UserError as error:
+            line, code = f"error: {error}", 2
+        except KeyboardInterrupt:
+            line, code = "stopped", 130
+        except OSError as error:
+            line, code = f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), 1
+        if "--debug" in argv:
+            import traceback
+            traceback.print_exc()
+        print(line, file=sys.stderr)
+        raise SystemExit(code)
+    return wrapped
+
+
+def quiet():
+    """Keeps third parties' notices and bars out of a first run; call before they are imported."""
+    for key, value in (("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error"),
+                       ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore", module="(diffusers|transformers|huggingface_hub)")
+
+
+# ----------------------------------------------------------------------------- randomness
+
+def rng(seed, *key):
+    """A CPU torch.Generator that depends on (seed, key) alone,
+    e.g. rng(seed, iteration) or rng(seed, "image", 7).
+
+    Everything random of an iteration is drawn from such a generator for the global batch, so a
+    resumed run, another device and another number of processes see the same numbers.
+    """
+    import torch
+    words = [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:4], "big") for k in key]
+    state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+# ----------------------------------------------------------------------------- writing and reading
+
+def save_whole(folder, write):
+    """Makes `folder` by calling write(temporary folder). It appears whole or not at all.
+
+    An older folder of that name is replaced only after the new one is complete on the disk.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        write(new)
+        for path in [p for p in new.rglob("*") if p.is_file()]:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    with contextlib.suppress(OSError):  # some file systems cannot fsync a directory
+        fd = os.open(folder.parent, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path, value):
+    """Writes a JSON file whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def read_json(path):
+    """The JSON object in a file; UserError when it is missing, cut off or no object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not readable JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions():
+    """Versions, commit and machine: what a number must carry to be trusted."""
+    import diffusers
+    import torch
+    import transformers
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+                         capture_output=True, text=True)
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(),
+            "commit": git.stdout.strip() or None, "machine": platform.machine(),
+            "cores": os.cpu_count(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+
+
+class Run:
+    """A run folder. Open it, resume(), then log() and checkpoint() from the loop.
+
+    settings is a dict of plain values. A folder that holds another run's settings is refused unless
+    overwrite is set; a folder that is not a run folder is never touched.
+    """
+
+    def __init__(self, folder, settings, overwrite=False):
+        self.folder, self.settings = Path(folder), settings
+        self.interrupted = False
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; give --out a folder")
+        saved = self.folder / "settings.json"
+        if self.folder.exists() and not saved.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} exists and is not a run folder; "
+                            "give --out another name")
+        if saved.exists() and not overwrite:
+            self._compare(read_json(saved))
+        self.replace = saved.exists() and overwrite
+
+    def _compare(self, before):
+        if before.get("format") != FORMAT:
+            raise UserError(f"{self.folder} was written in format {before.get('format')}; "
+                            f"this code reads {FORMAT}")
+        before = before.get("settings", {})
+        differing = [f"{key} was {before.get(key)}, is {value}"
+                     for key, value in self.settings.items()
+                     if key not in MAY_CHANGE and before.get(key) != value]
+        if differing:
+            raise UserError(f"{self.folder} holds a run with other settings "
+                            f"({'; '.join(differing)}); "
+                            "give another --out, or --overwrite to start again")
+
+    def checkpoints(self):
+        """Checkpoint folders, oldest first."""
+        return sorted(self.folder.glob("checkpoint-??????"))
+
+    def resume(self):
+        """(iteration, {part: {name: tensor}}) of the newest sound checkpoint, or (0, None).
+        Writes settings.json.
+
+        A damaged checkpoint is named on stderr and the one before it is used. Metrics logged after
+        the checkpoint are dropped, so that metrics.jsonl tells one uninterrupted story.
+        """
+        from safetensors.torch import load_file
+        if self.replace:  # only now, when all that may fail has been loaded
+            shutil.rmtree(self.folder)
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        iteration, parts = 0, None
+        for folder in reversed(self.checkpoints()):
+            try:
+                state = read_json(folder / "state.json")
+                for name, digest in state["files"].items():
+                    if Path(name).name != name or _digest(folder / name) != digest:
+                        raise UserError(f"{name} does not match its hash")
+                found = {Path(name).stem: load_file(folder / name) for name in state["files"]}
+                iteration, parts = int(state["iteration"]), found
+                break
+            except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+                print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
+        write_json(self.folder / "settings.json",
+                   {"format": FORMAT, "settings": self.settings, "versions": versions()})
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        keep = []
+        for line in lines:  # a line cut off by a kill is no JSON: it and its successors go
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["iteration"] <= iteration:
+                    keep.append(line)
+        path.write_text("".join(keep))
+        self._catch_signals()
+        return iteration, parts
+
+    def _catch_signals(self):
+        """Ctrl-C and SIGTERM set .interrupted;
+        the loop saves and leaves at the end of its iteration."""
+        def handler(number, frame):
+            if self.interrupted:  # the second one does not wait
+                raise KeyboardInterrupt
+            self.interrupted = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, handler)
+
+    def log(self, iteration, **values):
+        """Appends one line to metrics.jsonl.
+        Values that are not finite become null: JSON has no NaN."""
+        line = {"iteration": iteration}
+        for key, value in values.items():
+            value = float(value)
+            line[key] = round(value, 6) if math.isfinite(value) else None
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def checkpoint(self, iteration, parts):
+        """Saves {part: {name: tensor}} as checkpoint-NNNNNN/ and removes all but the newest two."""
+        from safetensors.torch import save_file
+
+        def write(folder):
+            for part, tensors in parts.items():
+                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                          folder / f"{part}.safetensors")
+            files = {p.name: _digest(p) for p in sorted(folder.glob("*.safetensors"))}
+            write_json(folder / "state.json",
+                       {"format": FORMAT, "iteration": iteration, "files": files})
+
+        save_whole(self.folder / f"checkpoint-{iteration:06d}", write)
+        for old in self.checkpoints()[:-KEEP]:
+            shutil.rmtree(old)
+
+
+# ----------------------------------------------------------------------------- optimiser plumbing
+
+def update(optimizers, max_norm=math.inf):
+    """Clips the gradients of all `optimizers` jointly, steps and clears them; returns the norm.
+    A norm that is not finite changes no weight."""
+    import torch
+    parameters = [p for optimizer in optimizers
+                  for g in optimizer.param_groups for p in g["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    for optimizer in optimizers:
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Patience:
+    """Counts updates in a row whose gradient is not finite, says so, and stops the run after
+    three."""
+
+    def __init__(self, run, limit=3):
+        self.run, self.limit, self.bad = run, limit, 0
+
+    def check(self, iteration, norms, sigma=""):
+        """norms: {network: gradient norm} of this iteration; sigma: what levels it was at."""
+        wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        self.bad = self.bad + 1 if wrong else 0
+        if wrong:
+            print(f"iteration {iteration}: the gradient of {', '.join(wrong)} is not finite "
+                  f"{sigma}; its update was skipped", file=sys.stderr)
+        if self.bad >= self.limit:
+            raise UserError(f"{self.bad} iterations in a row were not finite; the newest "
+                            f"checkpoint in {self.run.folder} is sound")
+
+
+def optimizer_tensors(model, optimizer):
+    """The optimiser's state as {"parameter.slot": tensor}: no pickle, and no order to rely on."""
+    return {f"{name}.{slot}": value for name, parameter in model.named_parameters()
+            for slot, value in optimizer.state.get(parameter, {}).items()}
+
+
+def load_optimizer(model, optimizer, tensors):
+    """Puts back what optimizer_tensors saved.
+    Learning rates and betas come from the settings, not the file."""
+    named = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, slot = key.removeprefix("state.").rsplit(".", 1)
+        optimizer.state[named[name]][slot] = value.to(named[name].device)
