@@ -1,0 +1,436 @@
+"""The miniature world: pictures drawn by code, captions, their exact reader,
+and the making of the tiny teacher.
+
+    python tiny.py          # makes weights/tiny-sd3 again from nothing; resumes when interrupted
+
+A picture shows one shape in one colour on one of four scenes. The caption names shape and colour,
+never the scene; but the scene depends on the shape: its usual scene comes with probability 0.55,
+the three others with 0.15 each. Guidance amplifies the usual scene, as it does for real models, and
+so the mode collapse that the paper cures becomes a number: the share of the usual scene and the
+entropy over scenes.
+
+The teacher is a genuine Stable Diffusion 3 pipeline (MMDiT, VAE, two CLIP text encoders, no T5),
+only small. Not here: anything of the method.
+Dimension key: B batch, T shape templates, D width; pictures in [0, 1].
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from run import (Run, UserError, command, load_optimizer, optimizer_tensors, option, parse_settings,
+                 rng, save_whole)
+
+SIZE = 32
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {"red": (0.90, 0.12, 0.12), "green": (0.10, 0.62, 0.20), "blue": (0.12, 0.25, 0.90),
+           "yellow": (1.00, 0.88, 0.10), "purple": (0.60, 0.15, 0.75), "white": (1.00, 1.00, 1.00)}
+SCENES = ("day", "beach", "night", "dusk")
+RADII = (6, 7, 8)                     # of the shapes, in pixels
+P_USUAL, P_OTHER = 0.55, 0.15         # probability of a shape's usual scene and of each other one
+CAPTIONS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]  # 24: shape·6 + colour
+WORDS = {word for caption in CAPTIONS for word in caption.split()}
+
+
+# ----------------------------------------------------------------------------- drawing
+
+def scenes():
+    """The four backgrounds, [4, 3, 32, 32]: a sky that fades towards the horizon, and a ground."""
+    sky_top, sky_low, ground = (torch.tensor(rows) for rows in zip(
+        ((0.30, 0.60, 0.95), (0.62, 0.82, 0.97), (0.50, 0.70, 0.40)),      # day
+        ((0.45, 0.85, 0.85), (0.70, 0.90, 0.80), (0.88, 0.75, 0.52)),      # beach
+        ((0.02, 0.02, 0.10), (0.12, 0.14, 0.30), (0.20, 0.22, 0.25)),      # night
+        ((0.40, 0.25, 0.45), (0.98, 0.60, 0.40), (0.30, 0.20, 0.18)),      # dusk
+        strict=True))
+    y = torch.linspace(0, 1, SIZE)
+    fade = (y / 0.7).clamp(max=1)[None, None, :, None]                     # 1 at the horizon
+    sky = sky_top[:, :, None, None] * (1 - fade) + sky_low[:, :, None, None] * fade
+    below = (y > 0.7).float()[None, None, :, None]
+    return (sky * (1 - below)
+            + ground[:, :, None, None] * below).expand(-1, -1, -1, SIZE).contiguous()
+
+
+@functools.cache
+def templates():
+    """(masks [T, 32, 32] in [0, 1], shape index [T])
+    for every shape, radius and position that fits the picture."""
+    # 4×4 samples a pixel against jagged edges
+    fine = (torch.arange(SIZE * 4) + 0.5) / 4
+    masks, shapes = [], []
+    for shape in range(len(SHAPES)):
+        for r in RADII:
+            centre = torch.arange(r + 1, SIZE - r, dtype=torch.float32)  # n positions along an axis
+            d = fine[None] - centre[:, None]                             # n × 128
+            x, y = d[None, :, None, :], d[:, None, :, None]              # to n × n × 128 × 128
+            if shape == 0:
+                inside = x ** 2 + y ** 2 <= r ** 2
+            elif shape == 1:
+                inside = (x.abs() <= 0.85 * r) & (y.abs() <= 0.85 * r)
+            elif shape == 2:
+                inside = (y <= 0.8 * r) & (x.abs() <= 0.55 * (y + r))
+            else:
+                arm = 0.33 * r
+                inside = ((x.abs() <= arm) & (y.abs() <= r)) | ((y.abs() <= arm) & (x.abs() <= r))
+            mask = F.avg_pool2d(inside.float().flatten(0, 1)[:, None], 4)[:, 0]   # n² × 32 × 32
+            masks.append(mask)
+            shapes.append(torch.full((len(mask),), shape))
+    return torch.cat(masks), torch.cat(shapes)
+
+
+def draw(template, colour, scene):
+    """Pictures [B, 3, 32, 32] in [0, 1] from three index tensors [B]."""
+    mask = templates()[0][template][:, None]
+    paint = torch.tensor(list(COLOURS.values()))[colour][:, :, None, None]
+    return scenes()[scene] * (1 - mask) + paint * mask
+
+
+def sample_labels(n, generator, captions=None):
+    """Index tensors [n] (template, colour, scene) drawn from the world;
+    captions [n] fixes shape and colour."""
+    if captions is None:
+        captions = torch.randint(len(CAPTIONS), (n,), generator=generator)
+    shape, colour = captions // len(COLOURS), captions % len(COLOURS)
+    per_shape = len(templates()[1]) // len(SHAPES)                    # templates grouped by shape
+    template = shape * per_shape + torch.randint(per_shape, (n,), generator=generator)
+    other = torch.randint(1, len(SCENES), (n,), generator=generator)
+    unusual = torch.rand(n, generator=generator) >= P_USUAL
+    return template, colour, (shape + other * unusual) % len(SCENES)  # scene i is usual for shape i
+
+
+# ----------------------------------------------------------------------------- reading
+
+@functools.cache
+def _template_norms():
+    """(colour − scene [4, 6, 3, 1024], ‖mask·(colour − scene)‖² [4, 6, T]), for scene, colour,
+    template."""
+    masks = templates()[0].flatten(1)                                           # T × 1024
+    contrast = (torch.tensor(list(COLOURS.values()))[None, :, :, None]
+                - scenes().flatten(2)[:, None])                                 # 4 × 6 × 3 × 1024
+    return contrast, torch.einsum("scp,tp->sct", (contrast ** 2).sum(2), masks ** 2)
+
+
+def read(pictures):
+    """Reads pictures [B, 3, 32, 32] in [0, 1]:
+    dict of shape, colour, scene (indices [B]) and error (RMS [B]).
+
+    The exact reader: the rendering with the least squared error among every template × colour ×
+    scene. No network is involved, so none can fool it. error says how far the picture is from any
+    true one.
+    """
+    masks, shapes = templates()
+    contrast, norms = _template_norms()
+    result = {key: [] for key in ("shape", "colour", "scene", "error")}
+    for chunk in pictures.float().cpu().split(64):
+        rest = chunk.flatten(2)[:, None] - scenes().flatten(2)                  # B × 4 × 3 × 1024
+        # ‖rest − mask·contrast‖² = ‖rest‖² − 2⟨rest·contrast, mask⟩ + ‖mask·contrast‖²
+        inner = (torch.einsum("bskp,sckp->bscp", rest, contrast)
+                 @ masks.flatten(1).T)                                          # B × 4 × 6 × T
+        error = (rest ** 2).sum((2, 3))[:, :, None, None] - 2 * inner + norms
+        least, index = error.flatten(1).min(1)
+        scene, colour, template = torch.unravel_index(index, error.shape[1:])
+        for key, value in zip(result, (shapes[template], colour, scene,
+                                       (least.clamp(min=0) / chunk[0].numel()).sqrt()),
+                              strict=True):
+            result[key].append(value)
+    return {key: torch.cat(values) for key, values in result.items()}
+
+
+def scene_entropy(scene):
+    """Plug-in entropy in nats of scene indices [..., n] over the last axis:
+    0 = always the same, 1.386 = uniform."""
+    share = F.one_hot(scene, len(SCENES)).float().mean(-2)
+    return -(share * share.clamp(min=1e-12).log()).sum(-1)
+
+
+def measure(pictures, captions):
+    """What the reader finds, for pictures [B, 3, 32, 32] and caption indices [B]
+    with n pictures for each caption.
+
+    Returns per-picture tensors correct [B] and usual [B] (0/1) and per-caption scene_entropy [B/n].
+    """
+    seen, shape = read(pictures), captions // len(COLOURS)
+    correct = (seen["shape"] == shape) & (seen["colour"] == captions % len(COLOURS))
+    by_caption = torch.stack([seen["scene"][captions == c] for c in captions.unique()])
+    return {"correct": correct.float(), "usual": (seen["scene"] == shape).float(),
+            "scene_entropy": scene_entropy(by_caption), "read_error": seen["error"]}
+
+
+# ----------------------------------------------------------------------------- making the teacher
+
+@dataclasses.dataclass
+class Settings:
+    out: str = option("weights/tiny-sd3", "folder of the finished teacher")
+    work: str = option("runs/tiny-teacher", "folder of the checkpoints on the way")
+    seed: int = option(0, "seed of everything", low=0, high=2**31 - 1)
+    vae_steps: int = option(1400, "VAE: steps of batch 64 [ours]", low=1)
+    teacher_steps: int = option(5000, "MMDiT: steps of batch 128 [ours]", low=1)
+    backbone_steps: int = option(800, "vision backbones: steps of batch 128 [ours]", low=1)
+    report_samples: int = option(32, "samples a caption for the numbers at the end; 0 = none",
+                                 low=0)
+    overwrite: bool = option(False, "replace --out (checkpoints in --work are always continued)")
+    debug: bool = option(False, "show tracebacks")
+
+
+def fit(name, model, loss_at, steps, lr, settings, ema=None):
+    """Trains `model` on loss_at(step) with AdamW and a one-cycle rate;
+    resumes from its own run folder."""
+    from tqdm import tqdm
+    run = Run(Path(settings.work) / name, {"steps": steps, "lr": lr, "seed": settings.seed})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
+                                  fused=True)
+    start, parts = run.resume()
+    if parts:
+        model.load_state_dict(parts["model"])
+        load_optimizer(model, optimizer, parts["optimizer"])
+        if ema:
+            ema.load_state_dict(parts["ema"])
+
+    def save(step):
+        run.checkpoint(step, {"model": model.state_dict(),
+                              "optimizer": optimizer_tensors(model, optimizer),
+                              **({"ema": ema.state_dict()} if ema else {})})
+
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=start == steps)
+    for step in bar:
+        progress = (step + 1) / steps
+        rate = lr * min(progress / 0.1,
+                        0.5 * (1 + math.cos(math.pi * max(0.0, progress - 0.1) / 0.9)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.update_parameters(model)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            run.log(step + 1, loss=loss.item(), lr=rate)
+        if (step + 1) % 500 == 0 or step + 1 == steps or run.interrupted:
+            save(step + 1)
+        if run.interrupted and step + 1 < steps:
+            raise UserError(f"{name} stopped at step {step + 1}; "
+                            "type the same command again to go on")
+    return ema.module if ema else model
+
+
+def make_vae(settings):
+    """AutoencoderKL with factor 4 and four latent channels;
+    its latents are whitened by the config, as SD3's are."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(settings.seed)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(24, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1, norm_num_groups=8, sample_size=SIZE, use_quant_conv=False,
+        use_post_quant_conv=False, force_upcast=False).to(memory_format=torch.channels_last)
+
+    def loss_at(step):
+        generator = rng(settings.seed, "vae", step)
+        pictures = draw(*sample_labels(64, generator)) * 2 - 1
+        posterior = vae.encode(pictures).latent_dist
+        again = vae.decode(posterior.mean + posterior.std * torch.randn(
+            posterior.mean.shape, generator=generator)).sample
+        kl = 0.5 * (posterior.mean ** 2 + posterior.var - 1 - posterior.logvar).mean()
+        return F.mse_loss(again, pictures) + 0.3 * F.l1_loss(again, pictures) + 1e-4 * kl
+
+    vae = fit("vae", vae, loss_at, settings.vae_steps, 4e-3, settings).eval()
+    with torch.no_grad():
+        pictures = draw(*sample_labels(2048, rng(settings.seed, "vae scale"))) * 2 - 1
+        latents = torch.cat([vae.encode(p).latent_dist.mode() for p in pictures.split(256)])
+    vae.register_to_config(shift_factor=latents.mean().item(),
+                           scaling_factor=1 / latents.std().item())
+    return vae
+
+
+def make_tokenizer(folder):
+    """A CLIPTokenizer whose vocabulary is the captions' words,
+    one token each, at most 8 tokens a caption."""
+    from transformers import CLIPTokenizer
+    vocabulary, merges = {}, []
+    for char in sorted(set("".join(WORDS))):
+        vocabulary[char] = len(vocabulary)
+        vocabulary[char + "</w>"] = len(vocabulary)
+    for word in sorted(WORDS):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:                       # merge from the left: c i r… → ci r… → cir…
+            if (pieces[0], pieces[1]) not in merges:
+                merges.append((pieces[0], pieces[1]))
+            pieces[:2] = [pieces[0] + pieces[1]]
+            vocabulary.setdefault(pieces[0], len(vocabulary))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+
+
+def make_text_encoder(tokenizer, index, settings):
+    """A small CLIP text encoder, trained for seconds to tell the captions
+    (and the empty one) apart."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    torch.manual_seed(settings.seed * 2 + index + 1)
+    model = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+    torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.5)
+    model.head = torch.nn.Linear(32, len(SHAPES) + len(COLOURS) + 1)
+    tokens = tokenizer(["", *CAPTIONS], padding="max_length", max_length=8,
+                       return_tensors="pt").input_ids
+    target = torch.zeros(1 + len(CAPTIONS), len(SHAPES) + len(COLOURS) + 1)
+    target[0, -1] = 1
+    for i in range(len(CAPTIONS)):
+        target[1 + i, [i // len(COLOURS), len(SHAPES) + i % len(COLOURS)]] = 1
+
+    def loss_at(step):
+        return F.binary_cross_entropy_with_logits(model.head(model(tokens).text_embeds), target)
+
+    model = fit(f"text_encoder_{index + 1}", model, loss_at, 400, 3e-3, settings).eval()
+    del model.head
+    return model
+
+
+def make_transformer(vae, tokenizer, encoders, settings):
+    """SD3Transformer2DModel of 12 blocks and width 128, by flow matching with caption dropout;
+    the EMA is kept."""
+    from diffusers import (FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                           StableDiffusion3Pipeline)
+    torch.manual_seed(settings.seed)
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=12,
+        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
+        caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=8,
+        qk_norm="rms_norm")
+    ema = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999), use_buffers=False)
+    pipe = StableDiffusion3Pipeline(
+        transformer=model, vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1],
+        text_encoder_3=None, tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    with torch.no_grad():
+        # 25 × 8 × 64 and 25 × 64; the empty caption is the last
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            [*CAPTIONS, ""], None, None, do_classifier_free_guidance=False, max_sequence_length=0)
+        grid = torch.cartesian_prod(torch.arange(len(templates()[1])), torch.arange(6),
+                                    torch.arange(4))
+        bank = torch.cat([vae.encode(draw(*part.T) * 2 - 1).latent_dist.mode()
+                          for part in grid.split(512)])
+    # every picture of the world, encoded once
+    bank = (bank - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def loss_at(step):
+        generator = rng(settings.seed, "transformer", step)
+        template, colour, scene = sample_labels(128, generator)
+        x0 = bank[(template * 6 + colour) * 4 + scene]            # B × 4 × 8 × 8
+        caption = templates()[1][template] * len(COLOURS) + colour
+        # dropout makes the unconditional branch
+        caption[torch.rand(128, generator=generator) < 0.1] = len(CAPTIONS)
+        u = torch.rand(128, generator=generator)
+        sigma = (3 * u / (1 + 2 * u))[:, None, None, None]        # the shifted grid's own density
+        noise = torch.randn(x0.shape, generator=generator)
+        v = model(hidden_states=(1 - sigma) * x0 + sigma * noise, timestep=1000 * sigma.flatten(),
+                  encoder_hidden_states=embeds[caption], pooled_projections=pooled[caption],
+                  return_dict=False)[0]
+        return F.mse_loss(v, noise - x0)
+
+    pipe.transformer = fit("transformer", model, loss_at, settings.teacher_steps, 2e-3, settings,
+                           ema).eval()
+    return pipe
+
+
+def make_backbone(name, depths, widths, seed, settings):
+    """A small ConvNeXt V2 that tells shape, colour and scene;
+    kept without its heads, as a feature network."""
+    from transformers import ConvNextV2Backbone, ConvNextV2Config
+    torch.manual_seed(seed)
+    net = torch.nn.Module()
+    net.backbone = ConvNextV2Backbone(ConvNextV2Config(
+        patch_size=2, num_stages=3, hidden_sizes=list(widths), depths=list(depths), image_size=SIZE,
+        out_features=["stage1", "stage2", "stage3"]))                      # maps of 16², 8² and 4²
+    net.head = torch.nn.Linear(widths[-1], len(SHAPES) + len(COLOURS) + len(SCENES))
+
+    def loss_at(step):
+        generator = rng(seed, name, step)
+        template, colour, scene = sample_labels(128, generator)
+        # every scene equally often: nothing to guess from
+        scene = torch.randint(len(SCENES), (128,), generator=generator)
+        pictures = draw(template, colour, scene) * 2 - 1
+        pictures = pictures + 0.1 * torch.rand(128, 1, 1, 1, generator=generator) * torch.randn(
+            pictures.shape, generator=generator)
+        logits = net.head(net.backbone(pictures).feature_maps[-1].mean((2, 3)))
+        parts = logits.split([len(SHAPES), len(COLOURS), len(SCENES)], 1)
+        return sum(F.cross_entropy(p, t) for p, t in zip(
+            parts, (templates()[1][template], colour, scene), strict=True))
+
+    return fit(name, net, loss_at, settings.backbone_steps, 2e-3, settings).backbone.eval()
+
+
+def report(folder, n, seed):
+    """Prints what the finished teacher is worth: n samples a caption, with and without guidance."""
+    from model import PRESETS, Decoder, PromptBook, load_transformer
+    from sampler import image_noise, load_scheduler, sample_guided, teacher_sigmas
+    preset = dataclasses.replace(PRESETS["tiny"], source=str(folder))
+    captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)
+    book = PromptBook(preset, "cpu", lambda i: [], 0, keep=CAPTIONS)
+    net, decode = load_transformer(preset), Decoder(preset, "cpu")
+    sigmas, w = teacher_sigmas(load_scheduler(preset)), preset.guidance
+    with torch.inference_mode():
+        truth = draw(*sample_labels(len(captions), rng(seed, "report"), captions))
+        again = [decode.vae.decode(decode.vae.encode(p * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+                 for p in truth.split(256)]
+        one, other = read(truth), read(torch.cat(again).clamp(0, 1))
+        same = torch.stack([one[key] == other[key] for key in ("shape", "colour", "scene")]).all(0)
+        print(f"VAE: {same.float().mean():.3f} of {len(same)} reconstructions are read right")
+        for guidance, alpha in ((1.0, 1.0), (w, 1.0), (w, preset.alpha)):
+            pictures = []
+            for batch in torch.arange(len(captions)).split(128):
+                latents, passes = sample_guided(
+                    net, image_noise(seed, batch, (4, 8, 8)),
+                    book.of([CAPTIONS[captions[i]] for i in batch]),
+                    book.uncond(len(batch)), sigmas, guidance, alpha)
+                pictures.append(decode(latents).clamp(0, 1))
+            found = measure(torch.cat(pictures), captions)
+            print(f"teacher, guidance {guidance:g} for sigma <= {alpha:g}, {passes} passes: "
+                  f"caption right {found['correct'].mean():.3f}, "
+                  f"usual scene {found['usual'].mean():.3f}, "
+                  f"scene entropy {found['scene_entropy'].mean():.3f} (n = {n})")
+
+
+@command
+def main(argv):
+    settings = parse_settings(Settings, argv, "tiny.py", __doc__.split("\n\n")[0])
+    out = Path(settings.out)
+    if out.exists() and not settings.overwrite:
+        raise UserError(f"{out} exists; give --out another folder, or --overwrite")
+    vae = make_vae(settings)
+    tokenizer = make_tokenizer(Path(settings.work) / "tokenizer")
+    encoders = [make_text_encoder(tokenizer, i, settings) for i in range(2)]
+    pipe = make_transformer(vae, tokenizer, encoders, settings)
+    backbones = {
+        "discriminator_backbone": make_backbone(
+            "discriminator_backbone", (2, 2, 2), (24, 48, 96), 1, settings),
+        "metric_backbone": make_backbone("metric_backbone", (1, 3, 1), (16, 32, 64), 2, settings)}
+
+    def write(folder):
+        pipe.to(torch.float16).save_pretrained(folder)
+        for name, backbone in backbones.items():
+            backbone.half().save_pretrained(folder / name)
+
+    save_whole(out, write)
+    print(f"{out}: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB")
+    if settings.report_samples:
+        report(out, settings.report_samples, settings.seed)
+
+
+if __name__ == "__main__":
+    main()
