@@ -1,0 +1,331 @@
+"""Stage II of 1.x-Distill: detail, by an adversarial loss on exactly the path that inference takes.
+
+    python train_stage2.py                        # continues runs/tiny-stage1, minutes on a CPU
+    python train_stage2.py --cached-blocks none   # the paper's "SFD": no cache, any number of steps
+
+The first step runs in full and without gradient, and records Δ0 (cache.py). The second skips the
+cached blocks, adds f(Δ0) in their place, and is the one that learns: student and f together,
+against a discriminator that looks at decoded pictures (paper, Stage II and cache figure; official
+train_stage2). What it calls real are synthetic references from the same prompt and noise, so no
+outside image is needed. Iterations count optimiser steps, two of the discriminator for one of the
+generator. Before them f is fitted to the true second residual (ours: deviation 9). Dimension key:
+B batch, C latent channels, H W latent size.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+
+from run import (Patience, Run, UserError, command, load_optimizer, optimizer_tensors, option,
+                 parse_settings, read_json, rng, save_whole, update, write_json)
+
+
+@dataclasses.dataclass
+class Settings:
+    # what to train
+    model: str = option("tiny", "tiny, sd3-medium, sd3.5-medium, sd3.5-large, a folder or a hub id")
+    init: str = option(None, "Stage I run to start from (default: runs/MODEL-stage1)")
+    reference: str = option("teacher", "who makes the references: the teacher guided with alpha "
+                            "[ours], or a Stage I run with more steps [official: 4]")
+    out: str = option(None, "run folder (default: runs/MODEL-stage2)")
+    prompts: str = option(None, "file of prompts; without it as in Stage I")
+    # the method
+    cached_blocks: str = option(None, "span of skipped blocks, first-last, or none [official 2-7: "
+                                "1.75 NFE; ours 2-9: 1.67]")
+    lora_rank: int = option(None, "train LoRA of this rank, merged at the end [official 64]; "
+                            "without it all weights", low=1, high=4096)
+    no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
+    fit_iterations: int = option(None, "steps that fit f to the true residual first [ours]", low=0)
+    warmup: int = option(None, "iterations in which the generator's turns move f alone [paper 500]",
+                         low=0)
+    references: int = option(768, "reference pictures, made once and kept [ours]", low=1,
+                             high=10**7)
+    # optimisation
+    iterations: int = option(None, "optimiser steps, D and G together [official 4000]", low=0,
+                             high=999_999)
+    batch_size: int = option(None, "global batch [official 32]", low=1, high=65536)
+    student_lr: float = option(None, "learning rate [official 1e-5]", above=0, high=1)
+    compensation_lr: float = option(None, "of f [official 1e-3; tiny 1e-4, ours]", above=0, high=1)
+    discriminator_lr: float = option(None, "of the heads [official 1e-5; tiny 2e-3, ours]", above=0,
+                                     high=1)
+    gradient_checkpointing: bool = option(False, "recompute blocks in backward: less memory, "
+                                          "more time")
+    seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
+    # the run
+    checkpoint_every: int = option(100, "iterations between checkpoints [official 100]", low=1)
+    sample_every: int = option(100, "iterations between sample grids [ours]", low=1)
+    log_every: int = option(10, "iterations between lines of metrics.jsonl [ours]", low=1)
+    device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
+    dry_run: bool = option(False, "print the resolved settings and stop")
+    overwrite: bool = option(False, "start again although the run folder holds a run")
+    debug: bool = option(False, "show tracebacks")
+
+
+BETAS = (0.9, 0.95)                     # [paper] Stage II, all three optimisers
+WEIGHT_DECAY = 1e-4                     # [official]
+CLIP = 2.0                              # [official] student and f jointly; D is not clipped
+D_ONLY, D_PER_G = 50, 2                 # [official] discriminator alone at first, then 2 D : 1 G
+
+
+def resolve(settings):
+    """Fills what was not given from the preset, checks what belongs together."""
+    from model import find_preset
+    preset = find_preset(settings.model)
+    for field in dataclasses.fields(settings):
+        if getattr(settings, field.name) is None:
+            value = getattr(preset, f"stage2_{field.name}", getattr(preset, field.name, None))
+            setattr(settings, field.name, value)
+    short = settings.model.strip("/").split("/")[-1]
+    settings.init = settings.init or f"runs/{short}-stage1"
+    settings.out = settings.out or f"runs/{short}-stage2"
+    if settings.cached_blocks == "none" or settings.no_compensation:
+        settings.fit_iterations = settings.warmup = 0
+    return settings, preset
+
+
+def phase_of(i, fit_iterations):
+    """What iteration i does: "fit" f first, then "discriminator" or "generator" by the official
+    turns."""
+    turn = i - fit_iterations
+    if turn < 0:
+        return "fit"
+    return "generator" if turn >= D_ONLY and turn % (D_PER_G + 1) == 0 else "discriminator"
+
+
+@command
+def main(argv):
+    settings, preset = resolve(
+        parse_settings(Settings, argv, "train_stage2.py", __doc__.split("\n\n")[0]))
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+
+    from cache import BlockCache, make_compensation, nfe, parse_span
+    from losses import discriminator_loss, euler, fit_loss, generator_loss
+    from model import (Decoder, Discriminator, PromptBook, check_base, choose_prompts,
+                       load_transformer, pick_device, velocity)
+    from sampler import (Gallery, image_noise, load_scheduler, load_student, read_recipe, recipe_of,
+                         roll_out, sample_guided, sigma_grid, teacher_sigmas)
+
+    # ================================================================== set up
+    device = pick_device(settings.device)
+    prompts = choose_prompts(preset, settings.prompts)
+    config = check_base(preset)
+    init = read_recipe(settings.init)
+    if init["base"] != preset.name:
+        raise UserError(f"{settings.init} was distilled from {init['base']}, "
+                        f"not from {preset.name}")
+    steps, cached = init["steps"], settings.cached_blocks != "none"
+    span = parse_span(settings.cached_blocks, config["num_layers"]) if cached else None
+    if cached and steps < 2:
+        raise UserError(f"{settings.init} has one step; a cache needs a second one: "
+                        "--cached-blocks none")
+    if settings.reference != "teacher":
+        told = read_recipe(settings.reference)
+        if told["steps"] <= steps:
+            raise UserError(f"--reference {settings.reference} has no more steps than --init "
+                            f"{settings.init}; references must be better than the student")
+        if (told["base"], told["latent_shape"]) != (init["base"], init["latent_shape"]):
+            raise UserError(f"--reference {settings.reference} has another base model or picture "
+                            f"size than --init {settings.init}")
+    resolved = dataclasses.asdict(settings)
+    print("\n".join(f"  {key:24}{value}" for key, value in resolved.items()))
+    if settings.dry_run:
+        return
+    resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    run = Run(settings.out, resolved, settings.overwrite)
+
+    student, _ = load_student(settings.init, preset, init, device)
+    learns_f = cached and not settings.no_compensation
+    torch.manual_seed(settings.seed)                            # f's first layer starts at random
+    compensation = make_compensation(student.inner_dim).to(device) if learns_f else None
+    discriminator = Discriminator(preset, seed=settings.seed).to(device)
+    decode = Decoder(preset, device)
+    if settings.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    if settings.lora_rank:
+        student = add_lora(student, settings.lora_rank, settings.seed)
+    cache = BlockCache(student, span, compensation) if cached else None
+
+    networks = {"student": student, "discriminator": discriminator.heads}
+    rates = {"student": settings.student_lr, "discriminator": settings.discriminator_lr}
+    if learns_f:
+        networks["compensation"], rates["compensation"] = compensation, settings.compensation_lr
+    learning = {name: [p for p in net.parameters() if p.requires_grad]
+                for name, net in networks.items()}
+    optimizers = {name: torch.optim.AdamW(learning[name], lr=rates[name], betas=BETAS,
+                                          weight_decay=WEIGHT_DECAY, fused=True)
+                  for name in networks}
+    start, parts = run.resume()
+    if parts:
+        for name, net in networks.items():
+            net.load_state_dict(parts[name])
+            load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
+        print(f"resuming {run.folder} after iteration {start}")
+    recipe_file = run.folder / "distill.json"
+    total = settings.fit_iterations + settings.iterations
+    if recipe_file.exists() and read_json(recipe_file)["iteration"] >= total:
+        print(f"{run.folder} is finished; more --iterations continue it, --overwrite starts again")
+        return
+    recipe = recipe_of(preset, 2, steps, init["alpha"], init["guidance"], init["latent_shape"])
+    if cached:
+        recipe |= {"cached_blocks": settings.cached_blocks, "compensation": learns_f,
+                   "nfe": round(nfe(steps, span, config["num_layers"]), 4)}
+    if not recipe_file.exists():
+        write_json(recipe_file, recipe)
+
+    B, R, sigmas = settings.batch_size, settings.references, sigma_grid(steps)
+    shape = init["latent_shape"]                                          # C, H, W
+    chosen = [prompts[j] for j in torch.randint(len(prompts), (R,),
+                                                generator=rng(settings.seed, "references"))]
+
+    def picks(i):
+        return torch.randint(R, (B,), generator=rng(settings.seed, i, "picks")).tolist()
+
+    gallery = Gallery(preset, prompts)
+    book = PromptBook(preset, device, lambda i: [chosen[j] for j in picks(i)], total,
+                      keep=gallery.prompts)
+
+    # ================================================================== references, made once
+    # The same prompt and noise as the student's sample; the teacher is guided with α, or it would
+    # teach the collapse that Stage I avoided.
+    def make_references():
+        if settings.reference == "teacher":
+            teacher = load_transformer(preset).to(device)
+            grid = teacher_sigmas(load_scheduler(preset))
+        else:
+            told = read_recipe(settings.reference)
+            teacher, _ = load_student(settings.reference, preset, told, device)
+            grid = sigma_grid(told["steps"])
+        latents = []
+        with torch.inference_mode():
+            for batch in tqdm(torch.arange(R).split(4 * B), desc="references"):
+                x = image_noise(settings.seed, batch, shape).to(device)
+                prompt = book.of([chosen[j] for j in batch])
+                w = init["guidance"] if settings.reference == "teacher" else 1.0
+                latents.append(sample_guided(teacher, x, prompt, book.uncond(len(x)), grid, w,
+                                             init["alpha"])[0].cpu())
+        return torch.cat(latents)                                                   # R×C×H×W
+
+    kept = run.folder / "references" / "latents.safetensors"
+    if not kept.exists():
+        made = make_references()
+        save_whole(kept.parent, lambda folder: save_file({"latents": made}, folder / kept.name))
+    reference = load_file(kept)["latents"]
+
+    def save_checkpoint(iteration):
+        run.checkpoint(iteration, {name: net.state_dict() for name, net in networks.items()} | {
+            f"{name}_optimizer": optimizer_tensors(net, optimizers[name])
+            for name, net in networks.items()})
+
+    # ================================================================== train
+    begun, patience, seen = time.perf_counter(), Patience(run), {}
+    bar = tqdm(range(start, total), initial=start, total=total, desc="stage 2")
+    for i in bar:
+        phase, pick = phase_of(i, settings.fit_iterations), picks(i)
+        noise, prompt = image_noise(settings.seed, pick, shape).to(device), book(i)
+        for name in networks:  # who learns in this turn; nobody else's gradients are touched
+            for p in learning[name]:
+                p.requires_grad_(name == phase or phase == "fit" and name == "compensation"
+                                 or phase == "generator" and name in ("student", "compensation"))
+
+        # ---- 1. all steps but the last: in full, no gradient; the first records Δ0
+        with torch.no_grad():
+            x = roll_out(student, noise, prompt, sigmas[:-1], cache)[0][-1]       # B×C×H×W at σ_N-1
+        last = sigmas[-2].item()
+
+        if phase == "fit":
+            # ---- 2a. f towards the residual that the span really has in the last step [ours]
+            delta0 = cache.delta
+            with torch.no_grad(), cache.step("record"):
+                velocity(student, x, last, prompt)
+            loss = sum(fit_loss(compensation[stream](d0), d1) for stream, d0, d1 in
+                       zip(("image", "text"), delta0, cache.delta, strict=True))
+            loss.backward()
+            norm = update([optimizers["compensation"]], CLIP)
+            seen |= {"fit": loss.item(), "norm_f": norm}
+        else:
+            # ---- 2b. the last step as inference takes it, with gradient in the generator's turn
+            with torch.set_grad_enabled(phase == "generator"):
+                with cache.step("reuse") if cached else contextlib.nullcontext():
+                    v = velocity(student, x, last, prompt)
+                fake = decode(euler(x, v, last, 0.0))                               # B×3×8H×8W
+            if phase == "discriminator":
+                # ---- 3a. discriminator: references are real [target 0.8], the student's pictures
+                # are not
+                with torch.no_grad():
+                    real = decode(reference[pick].to(device))
+                real_logits, fake_logits = discriminator(real), discriminator(fake)
+                loss = discriminator_loss(real_logits, fake_logits)
+                loss.backward()
+                norm = update([optimizers["discriminator"]])
+                accuracy = sum((r > f).float().mean()
+                               for r, f in zip(real_logits, fake_logits, strict=True))
+                seen |= {"loss_d": loss.item(), "norm_d": norm,
+                         "d_ranks": accuracy.item() / len(real_logits)}
+            else:
+                # ---- 3b. generator: student and f together; f alone during the warm-up
+                loss = generator_loss(discriminator(fake))
+                loss.backward()
+                both = ("compensation", "student") if learns_f else ("student",)
+                if i - settings.fit_iterations < settings.warmup:
+                    optimizers["student"].zero_grad(set_to_none=True)
+                    both = ("compensation",)
+                norm = update([optimizers[name] for name in both], CLIP)
+                seen |= {"loss_g": loss.item(), "norm_g": norm}
+
+        # ================================================================== log, show, save
+        done, end = i + 1, i + 1 == total
+        patience.check(done, {phase: norm})
+        if done % settings.log_every == 0 or end:
+            run.log(done, seconds=time.perf_counter() - begun, **seen)
+            bar.set_postfix({key: f"{value:.3f}" for key, value in seen.items()
+                             if "norm" not in key}, refresh=False)
+        if done % settings.sample_every == 0 or end:
+            gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
+                         shape, sigmas, cache)
+        if done % settings.checkpoint_every == 0 or end or run.interrupted:
+            save_checkpoint(done)
+        if run.interrupted and not end:
+            bar.close()
+            print(f"stopped after iteration {done}, saved; type the same command again to go on")
+            raise SystemExit(130)
+
+    # ================================================================== the result
+    if cached:
+        cache.remove()
+    if learns_f:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in compensation.state_dict().items()}
+        save_file(tensors, run.folder / "compensation.safetensors")
+    if settings.lora_rank:
+        student.fuse_lora()
+        student.unload_lora()
+    half = student if preset.captions == "tiny" else student.half()
+    save_whole(run.folder / "student", half.save_pretrained)
+    write_json(recipe_file, recipe | {"iteration": total})
+    print(f"{run.folder}: {recipe['nfe']:.3f} network evaluations, "
+          f"{time.perf_counter() - begun:.0f} s; "
+          f"look at {run.folder}/samples/step_{total:06d}.png")
+
+
+def add_lora(student, rank, seed):
+    """LoRA on the attention and feed-forward layers of both streams [official targets,
+    alpha = rank]."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("--lora-rank needs peft: pip install peft") from None
+    import torch
+    torch.manual_seed(seed)
+    student.requires_grad_(False)
+    student.add_adapter(LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+        target_modules=["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj",
+                        "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2",
+                        "ff_context.net.0.proj", "ff_context.net.2"]))
+    return student
+
+
+if __name__ == "__main__":
+    main()
