@@ -1,0 +1,922 @@
+"""The project's claims and equivalences. Names are sentences; docstrings say which mistake a test
+would catch.
+
+    python -m pytest -q
+"""
+
+import ast
+import inspect
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import cache
+import evaluate
+import losses
+import model
+import run
+import sampler
+import tiny
+import train_stage1
+import train_stage2
+from cache import BlockCache, make_compensation, nfe
+from losses import (dmd_loss, draw_sigma, euler, guide, importance_curve, renoise, window,
+                    x0_from_velocity)
+
+HERE = Path(__file__).parent
+TINY = model.PRESETS["tiny"]
+SMALL = ["--batch-size", "4", "--log-every", "1", "--sample-every", "2", "--checkpoint-every", "1"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    return model.load_transformer(TINY)
+
+
+@pytest.fixture(scope="session")
+def stock_pipe():
+    """The committed teacher through diffusers alone, exactly as the README tells it."""
+    from diffusers import StableDiffusion3Pipeline
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        HERE / "weights" / "tiny-sd3", text_encoder_3=None, tokenizer_3=None,
+        torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of two iterations."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train_stage1.main([*SMALL, "--iterations", "2", "--out", str(out)])
+    return out
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "student" / "diffusion_pytorch_model.safetensors")
+
+
+# ----------------------------------------------------------------------------- conventions
+
+def test_the_students_sigma_grid_is_the_official_one():
+    """Catches an unshifted grid and the stock pipeline's 1, 0.0089, 0."""
+    assert torch.allclose(sampler.sigma_grid(2), torch.tensor([1, 0.75, 0]))
+    assert torch.allclose(sampler.sigma_grid(4), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
+
+
+def test_velocity_points_from_data_to_noise():
+    """Catches a flipped sign: an Euler step from any sigma to 0 along ε − x0 must land on x0."""
+    x0, noise, sigma = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([1, 0.6, 0.1])
+    s = sigma[:, None, None, None]
+    x = (1 - s) * x0 + s * noise
+    assert torch.allclose(x0_from_velocity(x, sigma, noise - x0), x0, atol=1e-6)
+    assert torch.allclose(euler(x, noise - x0, sigma, 0.0), x0, atol=1e-6)
+
+
+def test_timestep_is_a_thousand_sigma():
+    """Catches a network that is told sigma itself or the step's index."""
+    class Net(torch.nn.Module):
+        dtype = torch.float32
+
+        def forward(self, hidden_states, timestep, **others):
+            self.seen = timestep
+            return (hidden_states,)
+    net = Net()
+    model.velocity(net, torch.zeros(3, 1, 2, 2), 0.75, (torch.zeros(3, 1), torch.zeros(3, 1)))
+    assert net.seen.tolist() == [750, 750, 750]
+
+
+def test_guidance_is_on_up_to_alpha_inclusive_and_off_above():
+    """Eq. 4. Catches < for ≤, a flipped sign and guidance left on at high noise."""
+    cond, uncond = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    out = guide(cond, uncond, torch.tensor([0.5, 0.94, 0.9401]), 7.0, 0.94)
+    assert torch.allclose(out[:2], (uncond + 7 * (cond - uncond))[:2])
+    assert torch.equal(out[2], cond[2])
+
+
+def test_renoising_reaches_exactly_the_marginal_of_the_higher_level():
+    """Catches a wrong factor or variance: x_a re-noised to b must be distributed as x_b from x0."""
+    n, x0 = 400_000, 2.0
+    for a, b in ((0.0, 0.5), (0.3, 0.8), (0.75, 0.9), (0.5, 1.0)):
+        x = (1 - a) * x0 + a * torch.randn(n, 1, generator=seeded(1))
+        x = renoise(x, torch.full((n,), a), torch.full((n,), b),
+                    torch.randn(n, 1, generator=seeded(2)))
+        assert abs(x.mean().item() - (1 - b) * x0) < 0.01 and abs(x.std().item() - b) < 0.01
+    x = torch.randn(4, 3)
+    same = renoise(x, torch.full((4,), 0.3), torch.full((4,), 0.3), torch.randn(4, 3))
+    assert torch.allclose(same, x, atol=2e-3), "variance not clamped, or factor off, at b = a"
+    assert torch.equal(renoise(x, torch.ones(4), torch.ones(4), torch.randn(4, 3)), x)
+
+
+# ----------------------------------------------------------------------------- importance
+
+@pytest.mark.parametrize("name, means", [("official", (0.912, 0.619)), ("uniform", (0.892, 0.461))])
+def test_importance_curves_have_the_released_samplers_means(name, means):
+    """Mean sigma of both windows of two steps as the released sampler gives them; catches a curve
+    read backwards."""
+    u = torch.rand(4000, generator=seeded())
+    for (high, low), mean in zip(((1.0, 0.75), (0.75, 0.0)), means, strict=True):
+        sigma = draw_sigma(u, torch.full_like(u, high), torch.full_like(u, low),
+                           importance_curve(name))
+        assert abs(sigma.mean().item() - mean) < 0.005
+        assert (sigma > low).all() and (sigma <= high + 1e-6).all()
+
+
+def test_importance_curves_have_the_published_shape():
+    """Density at u = 1, the peak, its place and u = 0.5: preset c as released, and the plotted
+    curve."""
+    for name, start, peak, place, half in (("official", 0.00185, 0.0027, 0.776, 0.00036),
+                                           ("paper", 0.0014, 0.0023, 0.75, 0.0007)):
+        p = importance_curve(name)
+        p = p / p.sum()
+        assert (p[0].item() == pytest.approx(start, rel=0.05)
+                and p.max().item() == pytest.approx(peak, rel=0.05))
+        assert 1 - p.argmax().item() / 1000 == pytest.approx(place, abs=0.01)
+        assert p[500].item() == pytest.approx(half, rel=0.06)
+
+
+def test_share_of_draws_without_guidance_is_the_derived_one():
+    """18.2 % of a two-step student's draws lie above α = 0.94, 12.0 % above 0.96: catches
+    α on the wrong axis."""
+    u, k = torch.rand(20_000, generator=seeded()), torch.arange(20_000) % 2
+    high, low = window(k, sampler.sigma_grid(2))
+    sigma = torch.cat([draw_sigma(*part, importance_curve("official")) for part in
+                       zip(u.split(4000), high.split(4000), low.split(4000), strict=True)])
+    assert (sigma > 0.94).float().mean().item() == pytest.approx(0.182, abs=0.006)
+    assert (sigma > 0.96).float().mean().item() == pytest.approx(0.120, abs=0.006)
+
+
+def test_window_and_x0_form_agree_on_the_last_step_only():
+    """Both end at level 0; the x0 form re-noises up to 1 whatever the step."""
+    sigmas = sampler.sigma_grid(2)
+    high, low = window(torch.tensor([0, 1]), sigmas, "window")
+    assert high.tolist() == [1, 0.75] and low.tolist() == [0.75, 0]
+    high, low = window(torch.tensor([0, 1]), sigmas, "x0")
+    assert high.tolist() == [1, 1] and low.tolist() == [0, 0]
+
+
+# ----------------------------------------------------------------------------- losses
+
+def test_the_students_gradient_is_the_score_difference():
+    """Hand-computed (fake − real) / mean|sample − real| / numel; catches a sign, a leak,
+    a missing normaliser."""
+    sample, real, fake = (torch.randn(2, 3, 4, 5, generator=seeded(i)) for i in range(3))
+    sample.requires_grad_(), real.requires_grad_(), fake.requires_grad_()
+    dmd_loss(sample, real, fake).backward()
+    for b in range(2):
+        scale = (sample[b] - real[b]).abs().sum().item() / 60
+        assert torch.allclose(sample.grad[b], (fake[b] - real[b]) / scale / 120, rtol=1e-4)
+    assert real.grad is None and fake.grad is None
+
+
+def test_the_column_normaliser_is_the_official_one_weight_for_each_image_column():
+    sample, real, fake = (torch.randn(1, 3, 4, 5, generator=seeded(i)) for i in range(3))
+    sample.requires_grad_()
+    dmd_loss(sample, real, fake, normaliser="column").backward()
+    scale = (sample - real).abs()[0].mean((0, 1)).detach()                          # 5 columns
+    assert torch.allclose(sample.grad[0], (fake - real)[0] / scale / 60, rtol=1e-4)
+
+
+def test_pseudo_huber_gradient_is_nearly_the_sign_where_the_difference_is_large():
+    sample, real, fake = (torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8),
+                          torch.full((1, 4, 8, 8), 1.5))
+    sample.requires_grad_()
+    dmd_loss(sample, real, fake, distance="huber").backward()
+    assert torch.allclose(sample.grad, torch.full_like(sample, 1 / 256), rtol=1e-3)
+
+
+def test_losses_stay_finite_when_student_and_teacher_agree():
+    """Catches the official normaliser's division without an epsilon."""
+    x = torch.zeros(2, 4, 8, 8, requires_grad=True)
+    for distance in ("mse", "huber"):
+        loss = dmd_loss(x, x.detach(), x.detach(), distance=distance)
+        loss.backward()
+        assert loss.item() == 0 and torch.isfinite(x.grad).all()
+
+
+def test_fake_score_loss_is_zero_exactly_at_the_students_velocity():
+    x0, noise, sigma = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2), torch.tensor([0.003, 0.75])
+    x = renoise(x0, torch.zeros(2), sigma, noise)
+    assert losses.fake_score_loss(noise - x0, x, x0, sigma).item() < 1e-6
+    assert losses.fake_score_loss(x0 - noise, x, x0, sigma).item() > 1
+    with pytest.raises(AssertionError):
+        losses.fake_score_loss(noise, x.bfloat16(), x0, sigma)
+
+
+# ----------------------------------------------------------------------------- the miniature world
+
+def test_the_reader_reads_every_clean_picture():
+    """All 24 captions on all 4 scenes; catches confusable colours, scenes and shapes."""
+    template = torch.arange(0, len(tiny.templates()[1]), 97)
+    grid = torch.cartesian_prod(template, torch.arange(6), torch.arange(4))
+    grid = grid[torch.randperm(len(grid), generator=seeded())[:200]]
+    seen = tiny.read(tiny.draw(*grid.T))
+    assert torch.equal(seen["shape"], tiny.templates()[1][grid[:, 0]])
+    assert torch.equal(seen["colour"], grid[:, 1]) and torch.equal(seen["scene"], grid[:, 2])
+    assert seen["error"].max() < 1e-3
+
+
+def test_the_reader_is_not_fooled_by_noise():
+    """A picture of nothing must not count as read: its distance to every true picture is large."""
+    assert tiny.read(torch.rand(4, 3, 32, 32, generator=seeded()))["error"].min() > 0.2
+
+
+def test_the_world_is_as_skewed_as_it_says():
+    captions = torch.arange(24).repeat_interleave(400)
+    template, colour, scene = tiny.sample_labels(len(captions), seeded(), captions)
+    shape = tiny.templates()[1][template]
+    assert torch.equal(shape * 6 + colour, captions)
+    assert (scene == shape).float().mean().item() == pytest.approx(0.55, abs=0.02)
+    for other in (1, 2, 3):
+        assert (scene == (shape + other) % 4).float().mean().item() == pytest.approx(0.15, abs=0.02)
+
+
+def test_scene_entropy_is_the_plug_in_estimate():
+    """0 for one scene, ln 4 for all alike; 0.96 expected of the data at 8 samples (why n
+    must be named)."""
+    assert tiny.scene_entropy(torch.zeros(64, dtype=torch.long)).item() == pytest.approx(
+        0, abs=1e-6)
+    assert tiny.scene_entropy(torch.arange(64) % 4).item() == pytest.approx(math.log(4), abs=1e-5)
+    captions = torch.zeros(80_000, dtype=torch.long)
+    scene = tiny.sample_labels(len(captions), seeded(), captions)[2]
+    assert tiny.scene_entropy(scene.view(-1, 8)).mean().item() == pytest.approx(0.96, abs=0.01)
+    assert tiny.scene_entropy(scene.view(-1, 64)).mean().item() == pytest.approx(1.16, abs=0.01)
+
+
+def test_measure_counts_what_the_reader_sees():
+    captions = torch.arange(24).repeat_interleave(4)
+    template, colour, _ = tiny.sample_labels(96, seeded(), captions)
+    usual = tiny.measure(tiny.draw(template, colour, tiny.templates()[1][template]), captions)
+    assert (usual["correct"].min() == 1 and usual["usual"].min() == 1
+            and usual["scene_entropy"].max() < 1e-6)
+    wrong = tiny.measure(tiny.draw(template, (colour + 1) % 6, tiny.templates()[1][template]),
+                         captions)
+    assert wrong["correct"].max() == 0
+
+
+# --------------------------------------------------------------------- the teacher and the samplers
+
+def test_the_committed_teacher_makes_right_pictures_in_the_stock_pipeline(stock_pipe):
+    """Nothing of ours between caption and picture; catches a broken export."""
+    captions = torch.arange(0, 24, 2)
+    images = stock_pipe([tiny.CAPTIONS[c] for c in captions], guidance_scale=TINY.guidance,
+                        max_sequence_length=0, generator=seeded(), output_type="pt").images
+    assert tiny.measure(images.float(), captions)["correct"].mean() >= 11 / 12
+
+
+def test_the_teacher_folder_is_small():
+    assert sum(p.stat().st_size for p in (HERE / "weights" / "tiny-sd3").rglob("*")
+               if p.is_file()) <= 16e6
+
+
+def stock_latents(pipe, captions, noise, **arguments):
+    return pipe(captions, latents=noise, max_sequence_length=0, output_type="latent",
+                **arguments).images
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, steps):
+    """One grid for training, sampling and export; catches num_inference_steps without sigmas."""
+    from diffusers import SD3Transformer2DModel
+    student = SD3Transformer2DModel.from_pretrained(finished / "student", torch_dtype=torch.float32)
+    captions, noise = tiny.CAPTIONS[:3], sampler.image_noise(0, range(3), (4, 8, 8))
+    with torch.inference_mode():
+        ours = sampler.roll_out(student, noise, model.encode_prompts(TINY, captions, "cpu"),
+                                sampler.sigma_grid(steps))[0][-1]
+    teacher, stock_pipe.transformer = stock_pipe.transformer, student
+    theirs = stock_latents(stock_pipe, captions, noise, sigmas=sampler.stock_sigmas(steps),
+                           num_inference_steps=steps, guidance_scale=1.0)
+    stock_pipe.transformer = teacher
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_our_guided_sampler_is_the_stock_one(stock_pipe, teacher):
+    """28 steps with guidance; catches a grid, a guidance or an unconditional prompt that
+    differs."""
+    captions, noise = tiny.CAPTIONS[5:7], sampler.image_noise(0, range(2), (4, 8, 8))
+    embeds, pooled = model.encode_prompts(TINY, [*captions, ""], "cpu")
+    with torch.inference_mode():
+        ours, passes = sampler.sample_guided(
+            teacher, noise, (embeds[:2], pooled[:2]),
+            (embeds[2:].expand(2, -1, -1), pooled[2:].expand(2, -1)),
+            sampler.teacher_sigmas(sampler.load_scheduler(TINY)), 4.0)
+    theirs = stock_latents(stock_pipe, captions, noise, num_inference_steps=28, guidance_scale=4.0)
+    assert passes == 56 and torch.allclose(ours, theirs, atol=1e-3)
+
+
+def test_alpha_costs_51_passes_on_the_stock_grid(teacher):
+    """Five of the 28 sigmas lie above 0.94; catches < for ≤ and a doubly shifted grid of ours."""
+    sigmas = sampler.teacher_sigmas(sampler.load_scheduler(TINY))
+    assert len(sigmas) == 29 and (sigmas > 0.94).sum() == 5
+    prompt = model.encode_prompts(TINY, [""], "cpu")
+    with torch.inference_mode():
+        counts = [sampler.sample_guided(teacher, torch.zeros(1, 4, 8, 8), prompt, prompt, sigmas,
+                                        w, alpha)[1]
+                  for w, alpha in ((4.0, 0.94), (1.0, 1.0))]
+    assert counts == [51, 28]
+
+
+def test_the_batch_size_changes_no_picture():
+    both = sampler.image_noise(5, range(4), (4, 8, 8))
+    assert torch.equal(both[2:], sampler.image_noise(5, range(2, 4), (4, 8, 8)))
+    assert not torch.equal(both[0], both[1])
+
+
+def test_prompts_are_encoded_once_and_ahead_of_use(monkeypatch):
+    """Catches encoding per step, and a book that forgets the unconditional prompt at the next
+    chunk."""
+    calls = []
+    monkeypatch.setattr(model, "encode_prompts", lambda preset, texts, *rest: (
+        calls.append(list(texts)), (torch.tensor([[float(len(t))] for t in texts]),) * 2)[1])
+    book = model.PromptBook(TINY, "cpu", lambda i: ["x" * (i + 1)], iterations=10, keep=["shown"],
+                            chunk=6)
+    for i in range(10):
+        assert book(i)[0].item() == i + 1 and book.uncond(2)[0].tolist() == [[0], [0]]
+    flat = [text for call in calls for text in call]
+    assert len(calls) <= 3 and len(flat) == len(set(flat)) == 12
+
+
+def test_the_grammar_holds_ten_thousand_distinct_prompts():
+    prompts = model.default_prompts(model.PRESETS["sd3-medium"])
+    assert len(set(prompts)) == len(prompts) >= 10_000
+
+
+# ----------------------------------------------------------------------------- training
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    recipe = json.loads((finished / "distill.json").read_text())
+    assert (recipe["sigmas"] == [1.0, 0.75, 0.0] and recipe["iteration"] == 2
+            and recipe["alpha"] == 0.94)
+    assert "sigmas=[1.0, 0.5], num_inference_steps=2" in recipe["stock_call"]
+    assert [p.name for p in sorted(finished.glob("checkpoint-*"))] == [
+        "checkpoint-000001", "checkpoint-000002"]
+    assert (finished / "samples" / "step_000002.png").exists()
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert ([line["iteration"] for line in lines] == [1, 2]
+            and all(math.isfinite(line["loss_fake"]) for line in lines))
+    settings = json.loads((finished / "settings.json").read_text())
+    assert (settings["settings"]["alpha"] == 0.94
+            and settings["versions"]["torch"] == torch.__version__)
+    assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".ckpt")]
+
+
+def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(finished, tmp_path, capsys):
+    """Catches randomness that is not from (seed, iteration), and any state that a checkpoint
+    forgets."""
+    out = tmp_path / "resumed"
+    train_stage1.main([*SMALL, "--iterations", "1", "--out", str(out)])
+    train_stage1.main([*SMALL, "--iterations", "2", "--out", str(out)])
+    assert "resuming" in capsys.readouterr().out
+    before, after = weights(finished), weights(out)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_finished_run_says_so_and_does_nothing(finished, capsys):
+    stamp = (finished / "student" / "config.json").stat().st_mtime_ns
+    train_stage1.main([*SMALL, "--iterations", "2", "--out", str(finished)])
+    assert "finished" in capsys.readouterr().out
+    assert (finished / "student" / "config.json").stat().st_mtime_ns == stamp
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, capsys):
+    out = tmp_path / "damaged"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "student")
+    (out / "distill.json").unlink()
+    path = out / "checkpoint-000002" / "student.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    train_stage1.main([*SMALL, "--iterations", "2", "--out", str(out)])
+    captured = capsys.readouterr()
+    assert "checkpoint-000002 is damaged" in captured.err and "after iteration 1" in captured.out
+    before, after = weights(finished), weights(out)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    """Whole or not at all: catches a half-written folder and a lost older one."""
+    folder = tmp_path / "thing"
+    run.save_whole(folder, lambda f: (f / "a").write_text("old"))
+
+    def full_disk(f):
+        (f / "a").write_text("new")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        run.save_whole(folder, full_disk)
+    assert (folder / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+@pytest.mark.parametrize("extra", [["--accumulation", "2"], ["--gradient-checkpointing"]])
+def test_saving_memory_changes_no_gradient(extra, tmp_path, finished):
+    """The first logged losses and gradient norms are those of the plain run, to float tolerance."""
+    out = tmp_path / "saving"
+    train_stage1.main([*SMALL, "--iterations", "1", "--out", str(out), *extra])
+    plain, saving = (json.loads((f / "metrics.jsonl").read_text().splitlines()[0])
+                     for f in (finished, out))
+    for key in ("loss_fake", "loss_student", "grad_norm_fake", "grad_norm_student"):
+        assert saving[key] == pytest.approx(plain[key], rel=1e-3)
+
+
+@pytest.mark.parametrize("extra", [
+    ["--steps", "4", "--alpha", "1.0"], ["--form", "x0", "--importance", "paper"],
+    ["--normaliser", "column", "--distance", "huber", "--steps", "1"]])
+def test_every_switch_of_the_method_trains(extra, tmp_path):
+    out = tmp_path / "switched"
+    train_stage1.main([*SMALL, "--iterations", "1", "--out", str(out), *extra])
+    line = json.loads((out / "metrics.jsonl").read_text())
+    assert math.isfinite(line["loss_student"]) and line["grad_norm_student"] > 0
+
+
+@pytest.fixture(scope="session")
+def small_sd3(tmp_path_factory):
+    """SD3-Medium's pipeline (three text encoders, 16 latent channels) of reduced width, random
+    weights, on disk."""
+    from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                           StableDiffusion3Pipeline)
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    folder = tmp_path_factory.mktemp("models") / "small-sd3"
+    tokenizer = tiny.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    clip = [CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, projection_dim=16,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8,
+        eos_token_id=tokenizer.eos_token_id)) for _ in range(2)]
+    StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**{
+            **model.PRESETS["sd3-medium"].architecture, "sample_size": 8, "num_layers": 2,
+            "num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 32,
+            "caption_projection_dim": 16, "pooled_projection_dim": 32}),
+        vae=AutoencoderKL(
+            latent_channels=16, block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=clip[0], text_encoder_2=clip[1], tokenizer=tokenizer, tokenizer_2=tokenizer,
+        tokenizer_3=tokenizer, text_encoder_3=T5EncoderModel(T5Config(
+            vocab_size=len(tokenizer), d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=8)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(folder)
+    return folder
+
+
+def test_a_real_models_path_runs_from_the_command_line_to_the_picture(small_sd3, tmp_path):
+    """T5 and 16 channels, through the same code as tiny; catches anything that only the
+    miniature has."""
+    out = tmp_path / "real"
+    train_stage1.main([*SMALL, "--model", str(small_sd3), "--iterations", "1", "--out", str(out)])
+    sampler.main(["--checkpoint", str(out), "--prompt", "an old cat", "--num-images", "2",
+                  "--out", str(tmp_path / "cat.png")])
+    assert (tmp_path / "cat.png").exists()
+    from safetensors.torch import load_file
+    saved = load_file(out / "student" / "diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float16}, (
+        "real students are saved in half precision")
+
+
+# ----------------------------------------------------------------------------- the block cache
+
+def inputs(net, seed=0, batch=2):
+    """x, prompt for any SD3 transformer."""
+    g, c = seeded(seed), net.config
+    return (torch.randn(batch, c.in_channels, c.sample_size, c.sample_size, generator=g),
+            (torch.randn(batch, 8, c.joint_attention_dim, generator=g),
+             torch.randn(batch, c.pooled_projection_dim, generator=g)))
+
+
+def trained_compensation(width, seed=0):
+    torch.manual_seed(seed)
+    f = make_compensation(width)
+    for parameter in f.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=seeded(seed))
+    return f
+
+
+def test_the_cache_when_off_recording_or_removed_leaves_the_stock_forward_bit_for_bit(teacher):
+    x, prompt = inputs(teacher)
+    with torch.no_grad():
+        stock = model.velocity(teacher, x, 1.0, prompt)
+        cache = BlockCache(teacher, "2-5")
+        for mode in ("full", "record"):
+            with cache.step(mode):
+                assert torch.equal(model.velocity(teacher, x, 1.0, prompt), stock)
+        cache.remove()
+        assert torch.equal(model.velocity(teacher, x, 1.0, prompt), stock)
+    assert not teacher._forward_hooks and not teacher._forward_pre_hooks
+
+
+def test_f_at_its_start_is_plain_reuse_and_the_true_residual_is_the_full_step(teacher):
+    """Catches a residual of the wrong blocks, a stream left out, an f that changes Δ0 at first."""
+    x, prompt = inputs(teacher)
+    later = inputs(teacher, 1)[0]
+    out = {}
+    with torch.no_grad():
+        full = model.velocity(teacher, later, 0.75, prompt)
+        for name, f in (("plain", None), ("f", make_compensation(128))):
+            cache = BlockCache(teacher, (2, 5), f)
+            with cache.step("record"):
+                model.velocity(teacher, x, 1.0, prompt)
+            with cache.step("reuse"):
+                out[name] = model.velocity(teacher, later, 0.75, prompt)
+            with cache.step("skip"):
+                out["skip"] = model.velocity(teacher, later, 0.75, prompt)
+            with cache.step("record"):
+                model.velocity(teacher, later, 0.75, prompt)
+            with cache.step("reuse"):
+                again = model.velocity(teacher, later, 0.75, prompt)
+            cache.remove()
+            if f is None:
+                assert torch.allclose(again, full, atol=1e-4)
+    assert torch.equal(out["plain"], out["f"])
+    assert not torch.allclose(out["plain"], full, atol=1e-2)
+    assert not torch.allclose(out["plain"], out["skip"], atol=1e-2)
+
+
+def cached_backward(checkpointing):
+    """Backward through a cached second step, outside any `with` and after another call."""
+    net, f = model.load_transformer(TINY), trained_compensation(128)
+    x, prompt = inputs(net)
+    x.requires_grad_()
+    cache = BlockCache(net, "2-5", f)
+    if checkpointing:
+        net.enable_gradient_checkpointing()
+    with cache.step("record"):
+        first = model.velocity(net, x, 1.0, prompt)
+    x1 = (x - 0.25 * first).detach()
+    with cache.step("reuse"):
+        v = model.velocity(net, x1, 0.75, prompt)
+    with torch.no_grad(), cache.step("record"):
+        model.velocity(net, x1, 0.75, prompt)
+    v.square().mean().backward()
+    assert x.grad is None, "gradient reached the first step"
+    return net, f
+
+
+def test_gradient_reaches_f_and_the_blocks_that_ran_and_nothing_else():
+    net, f = cached_backward(checkpointing=False)
+    reached = [any(p.grad is not None for p in block.parameters())
+               for block in net.transformer_blocks]
+    assert reached == [not 2 <= i <= 5 for i in range(12)]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in f.parameters())
+
+
+def test_checkpointing_gives_the_cached_step_the_same_gradients():
+    """Backward runs blocks again: catches a branch that belongs to the cache, not to the call."""
+    plain, saving = cached_backward(False), cached_backward(True)
+    for one, other in zip(plain, saving, strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
+def test_the_cache_fits_the_block_shapes_of_the_real_models(name):
+    """qk-norm, dual attention, no qk-norm: reduced width, autocast in bf16."""
+    from diffusers import SD3Transformer2DModel
+    torch.manual_seed(0)
+    net = SD3Transformer2DModel(**{
+        **model.PRESETS[name].architecture, "num_layers": 4, "num_attention_heads": 2,
+        "attention_head_dim": 8, "caption_projection_dim": 16, "joint_attention_dim": 32,
+        "pooled_projection_dim": 32, "sample_size": 8}).eval()
+    x, prompt = inputs(net)
+    cache = BlockCache(net, "1-2", make_compensation(16))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with cache.step("record"):
+            full = model.velocity(net, x, 0.75, prompt)
+        with cache.step("reuse"):
+            assert torch.allclose(model.velocity(net, x, 0.75, prompt), full, atol=0.05)
+
+
+@pytest.mark.parametrize("span, message", [
+    ("5-2", "reversed"), ("2-11", "last one cannot be cached"), ("2-40", "out of range"),
+    ("2,4", "without gaps"), ("2-3-4", "without gaps"), ("", "first-last"), ("-1-3", "first-last")])
+def test_a_bad_span_is_refused_before_any_hook_is_set(teacher, span, message):
+    with pytest.raises(run.UserError, match=message):
+        BlockCache(teacher, span)
+    assert not teacher._forward_pre_hooks and not teacher.time_text_embed._forward_hooks
+
+
+def test_nfe_counts_the_papers_numbers():
+    assert nfe(2, (2, 9), 24) == pytest.approx(1.667, abs=1e-3) and nfe(2, (2, 7), 24) == 1.75
+    assert nfe(2, (2, 11), 38) == pytest.approx(1.737, abs=1e-3)
+    assert nfe(2, (2, 5), 12) == pytest.approx(1.667, abs=1e-3)
+    parameters = sum(p.numel() for p in make_compensation(1536).parameters())
+    assert parameters == pytest.approx(18.9e6, rel=0.01)
+
+
+def test_the_nfe_meter_gives_the_known_numbers():
+    """By FLOPs with f, 1024² and 333 text tokens; catches a counter that misses attention."""
+    for name, span, flops, with_f in (("sd3-medium", "2-9", 1.666, 1.676),
+                                      ("sd3-medium", "2-7", 1.750, 1.759),
+                                      ("sd3.5-medium", "2-9", 1.608, 1.615),
+                                      ("sd3.5-large", "2-11", 1.737, 1.743)):
+        counted = sampler.count_nfe(model.PRESETS[name], span)
+        assert counted["flops"] == pytest.approx(flops, abs=1e-3)
+        assert counted["flops_with_f"] == pytest.approx(with_f, abs=1e-3)
+
+
+def test_a_stock_pipeline_call_takes_the_cached_path(stock_pipe):
+    """Three lines around pipe(...): the timestep alone tells record from reuse."""
+    net, f = stock_pipe.transformer, trained_compensation(128)
+    captions, noise = tiny.CAPTIONS[:2], sampler.image_noise(0, range(2), (4, 8, 8))
+    cache = BlockCache(net, "2-5", f)
+    theirs = stock_latents(stock_pipe, captions, noise, sigmas=[1.0, 0.5], num_inference_steps=2,
+                           guidance_scale=1.0)
+    with torch.inference_mode():
+        ours = sampler.roll_out(net, noise, model.encode_prompts(TINY, captions, "cpu"),
+                                sampler.sigma_grid(2), cache)[0][-1]
+        cache.remove()
+        plain = sampler.roll_out(net, noise, model.encode_prompts(TINY, captions, "cpu"),
+                                 sampler.sigma_grid(2))[0][-1]
+    assert torch.allclose(ours, theirs, atol=1e-4) and not torch.allclose(ours, plain, atol=1e-2)
+
+
+# ----------------------------------------------------------------------------- Stage II
+
+STAGE2 = ["--batch-size", "4", "--references", "8", "--log-every", "1", "--checkpoint-every", "2",
+          "--sample-every", "100"]
+
+
+@pytest.fixture(scope="session")
+def finished2(finished, tmp_path_factory):
+    """A Stage II run: one fit of f, then turns of D and G (the D-only start cut short)."""
+    out = tmp_path_factory.mktemp("runs") / "finished2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_stage2, "D_ONLY", 2)
+        train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
+                           "--iterations", "4", "--out", str(out)])
+    return out
+
+
+def test_turns_are_the_official_ones():
+    """50 turns of D alone, then 2 D : 1 G: 1317 turns of G in 4000."""
+    phases = [train_stage2.phase_of(i, 300) for i in range(4300)]
+    assert phases[:300] == ["fit"] * 300 and "generator" not in phases[300:350]
+    assert phases[300:].count("generator") == 1317 and phases[300:].count("discriminator") == 2683
+
+
+def test_a_stage2_run_leaves_what_the_contract_says(finished, finished2):
+    recipe = json.loads((finished2 / "distill.json").read_text())
+    assert recipe["cached_blocks"] == "2-5" and recipe["nfe"] == pytest.approx(1.6667, abs=1e-4)
+    assert recipe["stage"] == 2 and recipe["iteration"] == 5
+    before, after = weights(finished), weights(finished2)
+    moved = {key.split(".")[1] for key in before if key.startswith("transformer_blocks.")
+             and not torch.equal(before[key], after[key])}
+    assert moved and not moved & {"2", "3", "4", "5"}, "skipped blocks get no gradient"
+    from safetensors.torch import load_file
+    assert load_file(finished2 / "compensation.safetensors")["image.down.weight"].abs().sum() > 0
+
+
+def test_a_resumed_stage2_run_is_the_undisturbed_one_bit_for_bit(finished, finished2, tmp_path,
+                                                                monkeypatch):
+    monkeypatch.setattr(train_stage2, "D_ONLY", 2)
+    out = tmp_path / "resumed2"
+    for iterations in ("2", "4"):
+        train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
+                           "--iterations", iterations, "--out", str(out)])
+    before, after = weights(finished2), weights(out)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_neither_turn_leaks_gradient_into_the_other(finished, tmp_path, monkeypatch):
+    """Generator turns leave the discriminator's gradients empty, and the other way round."""
+    seen, real = [], run.update
+
+    def spy(optimizers, max_norm=math.inf):
+        live = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+        every = [p for o in spy.all for g in o.param_groups for p in g["params"]]
+        seen.append(len(optimizers))
+        assert all(p.grad is None for p in every if id(p) not in live)
+        return real(optimizers, max_norm)
+    spy.all, build = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW",
+                        lambda *a, **k: (spy.all.append(build(*a, **k)), spy.all[-1])[1])
+    monkeypatch.setattr(train_stage2, "D_ONLY", 1)
+    monkeypatch.setattr(train_stage2, "update", spy)
+    train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
+                       "--iterations", "4", "--out", str(tmp_path / "leak")])
+    assert seen == [1, 1, 1, 1, 2] and len(spy.all) == 3
+
+
+def test_stage2_without_a_cache_trains_and_saves(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_stage2, "D_ONLY", 0)
+    out = tmp_path / "sfd"
+    train_stage2.main([*STAGE2, "--init", str(finished), "--cached-blocks", "none",
+                       "--iterations", "1", "--out", str(out)])
+    assert json.loads((out / "distill.json").read_text())["nfe"] == 2
+    assert not (out / "compensation.safetensors").exists()
+
+
+def test_sampler_uses_the_cache_of_a_run_unless_told_not_to(finished2, tmp_path, capsys):
+    for extra in ([], ["--no-cache"]):
+        sampler.main(["--checkpoint", str(finished2), "--prompt", "a red circle",
+                      "--num-images", "1", "--out", str(tmp_path / f"{len(extra)}.png"), *extra])
+    out = capsys.readouterr().out
+    assert "1.667 network evaluations" in out and "2 network evaluations" in out
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+
+
+def test_adversarial_losses_are_the_official_ones():
+    """Σ over heads, real target 0.8, fake 0, generator 0.8; hand-computed."""
+    real = [torch.tensor([[2.0]]), torch.tensor([0.5])]
+    fake = [torch.tensor([[-1.0]]), torch.tensor([0.0])]
+
+    def bce(logit, target):
+        p = 1 / (1 + math.exp(-logit))
+        return -target * math.log(p) - (1 - target) * math.log(1 - p)
+    assert losses.discriminator_loss(real, fake).item() == pytest.approx(
+        bce(2, 0.8) + bce(0.5, 0.8) + bce(-1, 0) + bce(0, 0), rel=1e-5)
+    assert losses.generator_loss(fake).item() == pytest.approx(bce(-1, 0.8) + bce(0, 0.8), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------- commands
+
+def test_sampler_makes_a_grid_from_a_run_that_is_not_finished(finished, tmp_path, capsys):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(finished, unfinished)
+    shutil.rmtree(unfinished / "student")
+    for folder, name in ((finished, "a.png"), (unfinished, "b.png")):
+        sampler.main(["--checkpoint", str(folder), "--prompt", "a red circle", "--num-images", "4",
+                      "--seed", "3", "--out", str(tmp_path / name)])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "4 images" in capsys.readouterr().out
+
+
+def test_evaluate_writes_the_table_and_the_picture(finished, tmp_path):
+    evaluate.main(["--checkpoint", str(finished), "--samples-per-prompt", "2", "--teacher", "no",
+                   "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["data", "finished"]
+    data = results["rows"][0]
+    assert data["prompt_accuracy"] == 1 and data["usual_scene"] == pytest.approx(0.55, abs=0.2)
+    low, high = results["rows"][1]["scene_entropy_interval"]
+    assert low <= results["rows"][1]["scene_entropy"] <= high
+    assert results["protocol"]["samples_per_prompt"] == 2 and (tmp_path / "grid.png").exists()
+
+
+def test_the_teacher_can_be_made_again(tmp_path):
+    """Every part of tiny.py with a step or two; catches a folder that the stock pipeline does not
+    load."""
+    from diffusers import StableDiffusion3Pipeline
+    tiny.main(["--out", str(tmp_path / "teacher"), "--work", str(tmp_path / "work"),
+               "--vae-steps", "1", "--teacher-steps", "1", "--backbone-steps", "1",
+               "--report-samples", "0"])
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "teacher", text_encoder_3=None,
+                                                    tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=1, max_sequence_length=0,
+                output_type="pt").images.shape[-1] == 32
+
+
+# ----------------------------------------------------------------------------- bad input
+
+def bad_files(folder):
+    (folder / "empty.txt").write_text("\n\n")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
+    (folder / "nul.txt").write_bytes(b"a red circle\na \0 circle\n")
+    (folder / "long.txt").write_text("a red circle\n" + "a" * 10_001)
+    (folder / "bad.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a red circle"}\n')
+    (folder / "file").write_text("a file")
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.tex").write_text("precious")
+    (folder / "model" / "transformer").mkdir(parents=True)
+    (folder / "model" / "transformer" / "config.json").write_text(
+        '{"_class_name": "FluxTransformer2DModel"}')
+    for name, content in (("evil", {"steps": "../../etc"}), ("huge", {"steps": 10**30}),
+                          ("newer", {"format": 99}), ("good", {}),
+                          ("foreign", {"base": "sd3-medium"}), ("one", {"steps": 1})):
+        (folder / name).mkdir()
+        (folder / name / "distill.json").write_text(json.dumps({
+            "format": 1, "base": "tiny", "stage": 1, "iteration": 0, "steps": 2, "alpha": 0.94,
+            "guidance": 4.0, "nfe": 2.0, "latent_shape": [4, 8, 8], **content}))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--colour red", "unrecognized arguments: --colour red"),
+    ("--steps 0", "--steps must be at least 1, not 0"),
+    ("--steps two", "--steps must be an integer, not 'two'"),
+    ("--steps 2.5", "--steps must be an integer"),
+    ("--alpha 2", "--alpha must be at most 1, not 2.0"),
+    ("--alpha nan", "--alpha must be a finite number"),
+    ("--guidance inf", "--guidance must be a finite number"),
+    ("--student-lr 0", "--student-lr must be more than 0"),
+    ("--batch-size 5 --accumulation 2", "--batch-size 5 is not a multiple of --accumulation 2"),
+    ("--importance best", "--importance must be one of official, paper, uniform, not best"),
+    ("--seed -1", "--seed must be at least 0"),
+    ("--prompts FOLDER/nowhere.txt", "there is no such file"),
+    ("--prompts FOLDER/other", "there is no such file"),
+    ("--prompts FOLDER/empty.txt", "no prompt in it"),
+    ("--prompts FOLDER/binary.txt", "not UTF-8 text"),
+    ("--prompts FOLDER/nul.txt", "line 2: NUL"),
+    ("--prompts FOLDER/long.txt", "line 2: NUL characters or longer than 10,000"),
+    ("--prompts FOLDER/bad.jsonl", "line 2: no JSON object with a text"),
+    ("--out FOLDER/file", "is a file; give --out a folder"),
+    ("--out FOLDER/other", "exists and is not a run folder"),
+    ("--model sd4", "there is no model sd4; use tiny, sd3-medium"),
+    ("--model FOLDER/model", "holds a FluxTransformer2DModel, not an SD3Transformer2DModel"),
+    ("--model FOLDER/other", "is FOLDER/other a diffusers pipeline folder?"),
+    ("--model nobody/nothing", "--model tiny needs no download"),
+    ("sampler.py", "--checkpoint RUN is needed"),
+    ("sampler.py --checkpoint FOLDER/nowhere", "there is no run folder"),
+    ("sampler.py --checkpoint FOLDER/other", "distill.json is missing"),
+    ("sampler.py --checkpoint FOLDER/evil", "steps is '../../etc', not int"),
+    ("sampler.py --checkpoint FOLDER/huge", "not between 1 and 1000"),
+    ("sampler.py --checkpoint FOLDER/newer", "has format 99"),
+    ("sampler.py --checkpoint FOLDER/evil --out grid.txt", "give a file name that ends in .png"),
+    ("evaluate.py --checkpoint FOLDER/nowhere", "there is no run folder"),
+    ("cache.py", "--checkpoint RUN is needed"),
+    ("cache.py --checkpoint FOLDER/good --nfe 3", "--nfe must be at most 2"),
+    ("train_stage2.py --init FOLDER/nowhere", "there is no run folder"),
+    ("train_stage2.py --init FOLDER/good --cached-blocks 2-11", "last one cannot be cached"),
+    ("train_stage2.py --init FOLDER/good --cached-blocks 5-2", "span 5-2 is reversed"),
+    ("train_stage2.py --init FOLDER/good --reference FOLDER/good", "has no more steps than"),
+    ("train_stage2.py --init FOLDER/foreign", "was distilled from sd3-medium, not from tiny"),
+    ("train_stage2.py --init FOLDER/one", "has one step; a cache needs a second one"),
+    ("tiny.py --out FOLDER/other", "exists; give --out another folder"),
+])
+def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tmp_path, capsys,
+                                                          monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    bad_files(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))}
+    words = [word.replace("FOLDER", str(tmp_path)) for word in arguments.split()]
+    script = train_stage1
+    if words[0].endswith(".py"):
+        script = {"sampler.py": sampler, "evaluate.py": evaluate, "tiny.py": tiny,
+                  "cache.py": cache, "train_stage2.py": train_stage2}[words.pop(0)]
+    with pytest.raises(SystemExit) as stop:
+        script.main(words)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message.replace("FOLDER", str(tmp_path)) in error
+    assert len(error.splitlines()) == 1 and error.startswith("error: ")
+    assert {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))} == before
+
+
+def test_other_settings_in_the_same_folder_are_named_and_refused(finished, capsys):
+    with pytest.raises(SystemExit):
+        train_stage1.main([*SMALL, "--iterations", "3", "--alpha", "0.9", "--out", str(finished)])
+    assert "alpha was 0.94, is 0.9" in capsys.readouterr().err
+
+
+def test_prompt_files_of_windows_and_json_lines_are_read(tmp_path):
+    (tmp_path / "w.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\na blue cross\r\n")
+    (tmp_path / "j.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": " a blue cross "}\n')
+    for name in ("w.txt", "j.jsonl"):
+        assert model.read_prompts(tmp_path / name) == ["a red circle", "a blue cross"]
+
+
+def test_unknown_words_get_a_warning(capsys):
+    model.warn_unknown_words(TINY, ["a red circle", "a pink circle"])
+    assert "does not know pink" in capsys.readouterr().err
+
+
+def test_dry_run_prints_settings_and_writes_nothing(tmp_path, capsys):
+    train_stage1.main(["--dry-run", "--out", str(tmp_path / "x")])
+    assert ("alpha                   0.94" in capsys.readouterr().out
+            and not list(tmp_path.iterdir()))
+
+
+# ----------------------------------------------------------------------------- the text itself
+
+def test_every_public_function_and_class_has_a_docstring():
+    for module in (losses, model, cache, run, sampler, tiny, evaluate, train_stage1, train_stage2):
+        for name, thing in vars(module).items():
+            if inspect.isfunction(thing) and thing.__module__ == module.__name__ \
+                    and not name.startswith("_") and name != "main":
+                assert thing.__doc__, f"{module.__name__}.{name}"
+
+
+def test_losses_knows_only_torch():
+    tree = ast.parse((HERE / "losses.py").read_text())
+    names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+             for alias in node.names}
+    assert names == {"torch"} and not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+
+
+def test_the_readmes_reading_order_names_real_files_and_functions():
+    """| `file` | part of the method | `function`, … | rows; catches a table that outlived
+    a rename."""
+    rows = [line for line in (HERE / "README.md").read_text().splitlines()
+            if line.startswith("| `") and ".py`" in line]
+    assert len(rows) >= 6
+    for row in rows:
+        file, *_, functions = [cell.strip() for cell in row.strip("|").split("|")]
+        text = (HERE / file.strip("`")).read_text()
+        for name in functions.replace("`", "").split(", "):
+            assert f"def {name}(" in text or f"class {name}" in text, f"{file}: {name}"
+
+
+def test_nothing_unpickles_or_runs_foreign_code():
+    for path in HERE.glob("*.py"):
+        if path.name != "test_all.py":
+            text = path.read_text()
+            for word in ("torch.load", "import pickle", "trust_remote_code", "shell=True", "eval(",
+                         "exec("):
+                assert word not in text.replace(".eval(", ""), f"{path.name}: {word}"
