@@ -71,6 +71,7 @@ class Compensation(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x):
+        x = x.to(self.up.weight.dtype)  # f stays in fp32 although autocast recorded Δ0 in bf16
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
@@ -186,6 +187,7 @@ class Settings:
     checkpoint: str = option(None, "run folder whose student is measured")
     nfe: float = option(1.67, "wanted network evaluations of two steps", low=1, high=2)
     samples: int = option(64, "roll-outs to measure on", low=1, high=100_000)
+    batch_size: int = option(16, "roll-outs at a time", low=1)
     seed: int = option(7, "seed of their noises and prompts", low=0, high=2**31 - 1)
     out: str = option("reuse_error.png", "the plot, if matplotlib is installed")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
@@ -197,23 +199,27 @@ def reuse_errors(student, x0, x1, prompt, sigmas):
     from step one (x0 at sigmas[0]) to step two (x1 at sigmas[1]). The paper plots a "reuse error"
     for each block but does not define it: this definition is ours."""
     from model import velocity
-    residuals = []
+    first, errors = [], {"image": [], "text": []}
 
-    def keep(block, args, kwargs, output):
-        text, image = output
-        residuals.append((image - kwargs["hidden_states"],
-                          None if text is None else text - kwargs["encoder_hidden_states"]))
+    def compare(block, args, kwargs, output):
+        text, image = output                              # the last block returns no text
+        residuals = [image - kwargs["hidden_states"]]
+        if text is not None:
+            residuals.append(text - kwargs["encoder_hidden_states"])
+        if len(first) < len(hooks):
+            first.append(residuals)
+            return
+        index = len(errors["image"])
+        for stream, a, b in zip(errors, first[index], residuals, strict=False):
+            errors[stream].append((b.float() - a.float()).square().mean().item())
 
-    hooks = [block.register_forward_hook(keep, with_kwargs=True)
+    hooks = [block.register_forward_hook(compare, with_kwargs=True)
              for block in student.transformer_blocks]
     for x, sigma in ((x0, sigmas[0]), (x1, sigmas[1])):
         velocity(student, x, float(sigma), prompt)
     for hook in hooks:
         hook.remove()
-    n = len(hooks)
-    pairs = list(zip(residuals[:n], residuals[n:], strict=True))
-    return {"image": [(b[0] - a[0]).square().mean().item() for a, b in pairs],
-            "text": [(b[1] - a[1]).square().mean().item() for a, b in pairs[:-1]]}
+    return errors
 
 
 def span_error(student, span, x0, x1, prompt, sigmas):
@@ -246,13 +252,20 @@ def main(argv):
     prompts, sigmas = default_prompts(preset), sigma_grid(recipe["steps"])
     texts = [prompts[j] for j in torch.randint(len(prompts), (settings.samples,),
                                                generator=rng(settings.seed, "prompts"))]
+    book, total = PromptBook(preset, device, lambda i: [], 0, keep=texts), {}
     with torch.no_grad():
-        x0 = image_noise(settings.seed, range(settings.samples), recipe["latent_shape"]).to(device)
-        prompt = PromptBook(preset, device, lambda i: [], 0, keep=texts).of(texts)
-        x1 = roll_out(student, x0, prompt, sigmas)[0][1]
-        errors = reuse_errors(student, x0, x1, prompt, sigmas)
-        spans = {(n, n + width - 1): span_error(student, (n, n + width - 1), x0, x1, prompt, sigmas)
-                 for n in range(blocks - width)}
+        for part in torch.arange(settings.samples).split(settings.batch_size):
+            x0 = image_noise(settings.seed, part, recipe["latent_shape"]).to(device)
+            prompt = book.of([texts[j] for j in part])
+            x1 = roll_out(student, x0, prompt, sigmas)[0][1]
+            found = reuse_errors(student, x0, x1, prompt, sigmas)
+            found["span"] = [span_error(student, (n, n + width - 1), x0, x1, prompt, sigmas)
+                             for n in range(blocks - width)]
+            for key, values in found.items():                             # mean over the samples
+                share = torch.tensor(values) * len(part) / settings.samples
+                total[key] = total.get(key, 0) + share
+    errors = {stream: total[stream].tolist() for stream in ("image", "text")}
+    spans = {(n, n + width - 1): error for n, error in enumerate(total["span"].tolist())}
     print("block   image error   text error    (mean squared change of the block's residual)")
     for i, image in enumerate(errors["image"]):
         print(f"{i:5}{image:14.4f}" + (f"{errors['text'][i]:13.4f}" if i < blocks - 1 else ""))

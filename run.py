@@ -126,6 +126,8 @@ def command(main):
         argv = sys.argv[1:] if argv is None else argv
         quiet()
         try:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError("several processes (torchrun) are not supported yet; run one")
             return main(argv)
         except UserError as error:
             line, code = f"error: {error}", 2
@@ -251,7 +253,8 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; give --out a folder")
         saved = self.folder / "settings.json"
-        if self.folder.exists() and not saved.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and not saved.exists() and any(
+                not path.name.startswith(".") for path in self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is not a run folder; "
                             "give --out another name")
         if saved.exists() and not overwrite:
@@ -285,7 +288,11 @@ class Run:
         from safetensors.torch import load_file
         if self.replace:  # only now, when all that may fail has been loaded
             shutil.rmtree(self.folder)
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # first of all, so that a kill leaves nothing that looks like somebody else's folder
+        write_json(self.folder / "settings.json",
+                   {"format": FORMAT, "settings": self.settings, "versions": versions()})
+        (self.folder / "samples").mkdir(exist_ok=True)
         iteration, parts = 0, None
         for folder in reversed(self.checkpoints()):
             try:
@@ -298,8 +305,6 @@ class Run:
                 break
             except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
                 print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
-        write_json(self.folder / "settings.json",
-                   {"format": FORMAT, "settings": self.settings, "versions": versions()})
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         keep = []

@@ -104,19 +104,20 @@ def sample_guided(net, x, prompt, uncond, sigmas, guidance, alpha=1.0):
 
 # ----------------------------------------------------------------------------- runs
 
-def recipe_of(preset, stage, steps, alpha, guidance, shape):
+def recipe_of(preset, stage, steps, alpha, guidance, shape, pixels=None, random_weights=False):
     """The content of distill.json: what is needed to sample a run,
-    and the stock call that gives the same picture."""
+    and the stock call that gives the same picture. pixels: a side that is not the model's own."""
+    size = f", height={pixels}, width={pixels}" if pixels else ""
     t5 = "" if preset.text_length else ", text_encoder_3=None, tokenizer_3=None"
     return {
         "format": FORMAT, "base": preset.name, "stage": stage, "iteration": 0, "steps": steps,
         "sigmas": [round(s, 6) for s in sigma_grid(steps).tolist()],
         "alpha": alpha, "guidance": guidance, "cached_blocks": None, "nfe": float(steps),
-        "latent_shape": list(shape),
+        "latent_shape": list(shape), "random_weights": random_weights,
         "stock_call": f"StableDiffusion3Pipeline.from_pretrained({preset.source!r}, "
                       f"transformer=SD3Transformer2DModel.from_pretrained('RUN/student'){t5})"
                       f"(prompt, sigmas={stock_sigmas(steps)}, num_inference_steps={steps}, "
-                      f"guidance_scale=1.0, max_sequence_length={preset.text_length})"}
+                      f"guidance_scale=1.0, max_sequence_length={preset.text_length}{size})"}
 
 
 def read_recipe(folder):
@@ -139,6 +140,9 @@ def read_recipe(folder):
     if not 1 <= recipe["steps"] <= 1000:
         raise UserError(f"{folder}/distill.json: steps is {recipe['steps']}, "
                         "not between 1 and 1000")
+    if recipe.get("random_weights"):
+        raise UserError(f"{folder} was made with --random-weights, to try a machine: "
+                        "there is nothing to see in it")
     shape = recipe.get("latent_shape")
     if not (isinstance(shape, list) and len(shape) == 3
             and all(type(n) is int and 1 <= n <= 1024 for n in shape)):
@@ -296,7 +300,7 @@ def main(argv):
             latents = roll_out(
                 student, image_noise(settings.seed, chunk, recipe["latent_shape"]).to(device),
                 book(i), sigmas, cache)[0][-1]
-            pictures.append(decode(latents).cpu())
+            pictures += [decode(one).cpu() for one in latents.split(1)]
     seconds = time.perf_counter() - start
     columns = settings.num_images if len(texts) > 1 else max(1, round(len(jobs) ** 0.5))
     save_pictures(torch.cat(pictures), settings.out, columns)

@@ -8,7 +8,12 @@ import ast
 import inspect
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -416,6 +421,62 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert (folder / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["thing"]
 
 
+def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path, monkeypatch, capsys):
+    """Pre-emptible machines: catches a signal that is lost or a checkpoint that is not written."""
+    out, real = tmp_path / "stopped", run.update
+
+    def stop(*arguments):
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(train_stage1, "update", real)
+        return real(*arguments)
+    monkeypatch.setattr(train_stage1, "update", stop)
+    command = [*SMALL[:6], "--checkpoint-every", "100", "--iterations", "2", "--out", str(out)]
+    with pytest.raises(SystemExit) as stopped:
+        train_stage1.main(command)
+    assert stopped.value.code == 130 and "stopped after iteration 1" in capsys.readouterr().out
+    train_stage1.main(command)
+    before, after = weights(finished), weights(out)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path):
+    """kill -9 while it trains, then the same command: nothing of the result may differ."""
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "train_stage1.py", *SMALL, "--iterations", "1000", "--out", str(out)],
+        cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (out / "checkpoint-000001").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    reached = int(run.Run(out, {}, overwrite=True).checkpoints()[-1].name[-6:])
+    total = max(reached + 1, 3)
+    for folder in (out, tmp_path / "undisturbed"):
+        train_stage1.main([*SMALL, "--iterations", str(total), "--out", str(folder)])
+    before, after = weights(tmp_path / "undisturbed"), weights(out)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, total + 1))
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight_and_stops_the_run(tmp_path, monkeypatch,
+                                                                       capsys):
+    broken = losses.dmd_loss
+    monkeypatch.setattr(losses, "dmd_loss", lambda *a, **k: broken(*a, **k) * float("nan"))
+    with pytest.raises(SystemExit) as stopped:
+        train_stage1.main([*SMALL, "--iterations", "5", "--out", str(tmp_path / "nan")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "3 iterations in a row were not finite" in error
+    assert "iteration 1: the gradient of student is not finite" in error
+    assert "sigma of the student" in error and "of fake_score" not in error
+    from safetensors.torch import load_file
+    saved = load_file(tmp_path / "nan" / "checkpoint-000002" / "student.safetensors")
+    start = model.load_transformer(TINY).state_dict()
+    assert all(torch.equal(saved[key], start[key]) for key in saved)
+
+
 @pytest.mark.parametrize("extra", [["--accumulation", "2"], ["--gradient-checkpointing"]])
 def test_saving_memory_changes_no_gradient(extra, tmp_path, finished):
     """The first logged losses and gradient norms are those of the plain run, to float tolerance."""
@@ -602,6 +663,13 @@ def test_a_bad_span_is_refused_before_any_hook_is_set(teacher, span, message):
     assert not teacher._forward_pre_hooks and not teacher.time_text_embed._forward_hooks
 
 
+def test_f_takes_the_bf16_residual_that_autocast_records():
+    """On a GPU Δ0 is bf16 and f stays in fp32; catches a dtype mismatch that no CPU run meets."""
+    f = trained_compensation(16)
+    out = f["image"](torch.randn(2, 3, 16).bfloat16())
+    assert out.dtype == torch.float32 and torch.isfinite(out).all()
+
+
 def test_nfe_counts_the_papers_numbers():
     assert nfe(2, (2, 9), 24) == pytest.approx(1.667, abs=1e-3) and nfe(2, (2, 7), 24) == 1.75
     assert nfe(2, (2, 11), 38) == pytest.approx(1.737, abs=1e-3)
@@ -760,7 +828,18 @@ def test_evaluate_writes_the_table_and_the_picture(finished, tmp_path):
     assert results["protocol"]["samples_per_prompt"] == 2 and (tmp_path / "grid.png").exists()
 
 
-def test_the_teacher_can_be_made_again(tmp_path):
+@pytest.fixture
+def small_world(monkeypatch):
+    """The miniature with one radius: 4,704 pictures to encode instead of 84,000."""
+    monkeypatch.setattr(tiny, "RADII", (12,))
+    for cached in (tiny.templates, tiny._template_norms):
+        cached.cache_clear()
+    yield
+    for cached in (tiny.templates, tiny._template_norms):
+        cached.cache_clear()
+
+
+def test_the_teacher_can_be_made_again(small_world, tmp_path):
     """Every part of tiny.py with a step or two; catches a folder that the stock pipeline does not
     load."""
     from diffusers import StableDiffusion3Pipeline
@@ -790,7 +869,8 @@ def bad_files(folder):
         '{"_class_name": "FluxTransformer2DModel"}')
     for name, content in (("evil", {"steps": "../../etc"}), ("huge", {"steps": 10**30}),
                           ("newer", {"format": 99}), ("good", {}),
-                          ("foreign", {"base": "sd3-medium"}), ("one", {"steps": 1})):
+                          ("foreign", {"base": "sd3-medium"}), ("one", {"steps": 1}),
+                          ("two", {"stage": 2})):
         (folder / name).mkdir()
         (folder / name / "distill.json").write_text(json.dumps({
             "format": 1, "base": "tiny", "stage": 1, "iteration": 0, "steps": 2, "alpha": 0.94,
@@ -837,6 +917,7 @@ def bad_files(folder):
     ("train_stage2.py --init FOLDER/good --cached-blocks 5-2", "span 5-2 is reversed"),
     ("train_stage2.py --init FOLDER/good --reference FOLDER/good", "has no more steps than"),
     ("train_stage2.py --init FOLDER/foreign", "was distilled from sd3-medium, not from tiny"),
+    ("train_stage2.py --init FOLDER/two", "is a run of Stage 2; --init takes one of Stage I"),
     ("train_stage2.py --init FOLDER/one", "has one step; a cache needs a second one"),
     ("tiny.py --out FOLDER/other", "exists; give --out another folder"),
 ])
@@ -857,6 +938,22 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tm
     assert stop.value.code == 2 and message.replace("FOLDER", str(tmp_path)) in error
     assert len(error.splitlines()) == 1 and error.startswith("error: ")
     assert {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))} == before
+
+
+def test_several_processes_are_refused_rather_than_mixed_up(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        train_stage1.main(["--dry-run"])
+    assert "not supported yet" in capsys.readouterr().err
+
+
+def test_random_weights_are_for_trying_a_machine_only(small_sd3, tmp_path, capsys):
+    out = tmp_path / "random"
+    train_stage1.main([*SMALL, "--model", str(small_sd3), "--random-weights", "--resolution", "32",
+                       "--iterations", "1", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        sampler.main(["--checkpoint", str(out)])
+    assert "was made with --random-weights" in capsys.readouterr().err
 
 
 def test_other_settings_in_the_same_folder_are_named_and_refused(finished, capsys):

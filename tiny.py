@@ -169,7 +169,7 @@ class Settings:
     seed: int = option(0, "seed of everything", low=0, high=2**31 - 1)
     vae_steps: int = option(1400, "VAE: steps of batch 64 [ours]", low=1)
     teacher_steps: int = option(5000, "MMDiT: steps of batch 128 [ours]", low=1)
-    backbone_steps: int = option(800, "vision backbones: steps of batch 128 [ours]", low=1)
+    backbone_steps: int = option(1000, "vision backbones: steps of batch 128 [ours]", low=1)
     report_samples: int = option(32, "samples a caption for the numbers at the end; 0 = none",
                                  low=0)
     overwrite: bool = option(False, "replace --out (checkpoints in --work are always continued)")
@@ -357,7 +357,7 @@ def make_backbone(name, depths, widths, seed, settings):
     net.backbone = ConvNextV2Backbone(ConvNextV2Config(
         patch_size=2, num_stages=3, hidden_sizes=list(widths), depths=list(depths), image_size=SIZE,
         out_features=["stage1", "stage2", "stage3"]))                      # maps of 16², 8² and 4²
-    net.head = torch.nn.Linear(widths[-1], len(SHAPES) + len(COLOURS) + len(SCENES))
+    net.head = torch.nn.Linear(2 * widths[-1], len(SHAPES) + len(COLOURS) + len(SCENES))
 
     def loss_at(step):
         generator = rng(seed, name, step)
@@ -367,7 +367,8 @@ def make_backbone(name, depths, widths, seed, settings):
         pictures = draw(template, colour, scene) * 2 - 1
         pictures = pictures + 0.1 * torch.rand(128, 1, 1, 1, generator=generator) * torch.randn(
             pictures.shape, generator=generator)
-        logits = net.head(net.backbone(pictures).feature_maps[-1].mean((2, 3)))
+        last = net.backbone(pictures).feature_maps[-1]                    # B×C×4×4
+        logits = net.head(torch.cat([last.mean((2, 3)), last.amax((2, 3))], 1))
         parts = logits.split([len(SHAPES), len(COLOURS), len(SCENES)], 1)
         return sum(F.cross_entropy(p, t) for p, t in zip(
             parts, (templates()[1][template], colour, scene), strict=True))
@@ -422,7 +423,10 @@ def main(argv):
         "metric_backbone": make_backbone("metric_backbone", (1, 3, 1), (16, 32, 64), 2, settings)}
 
     def write(folder):
-        pipe.to(torch.float16).save_pretrained(folder)
+        pipe.to(torch.float16)
+        for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+            encoder.float()  # transformers would load them in half, diffusers the rest in fp32
+        pipe.save_pretrained(folder)
         for name, backbone in backbones.items():
             backbone.half().save_pretrained(folder / name)
 

@@ -39,8 +39,8 @@ class Settings:
     # the method
     steps: int = option(2, "student steps N [paper]", low=1, high=100)
     alpha: float = option(
-        None, "guidance only where sigma <= alpha [paper 0.94, official 0.96]; 1 = everywhere: "
-        "plain DMD", low=0, high=1)
+        None, "guidance only where sigma <= alpha [paper, second hand: 0.94; official 0.96]; "
+        "1 = everywhere: plain DMD", low=0, high=1)
     guidance: float = option(None, "teacher guidance w [paper 7; tiny 4, ours]", low=1, high=100)
     importance: str = option("official", "curve of the student's re-noise level",
                              choices=("official", "paper", "uniform"))
@@ -53,7 +53,7 @@ class Settings:
     distance: str = option("mse", "plain score difference [ours], or pseudo-Huber [official]",
                            choices=("mse", "huber"))
     # optimisation
-    iterations: int = option(None, "iterations [official 500; tiny 300, ours]", low=1, high=999_999)
+    iterations: int = option(None, "iterations [official 500; tiny 220, ours]", low=1, high=999_999)
     batch_size: int = option(None, "global batch [official 64; tiny 32, ours]", low=1, high=65536)
     accumulation: int = option(1, "micro-batches one after the other, to save memory",
                                low=1, high=65536)
@@ -74,7 +74,7 @@ class Settings:
     debug: bool = option(False, "show tracebacks")
 
 
-BETAS = (0.0, 0.999)                    # [paper] Adam-type, Stage I
+BETAS = (0.0, 0.999)                    # [official]; [paper, second hand] too
 WEIGHT_DECAY = 1e-4                     # [official]
 CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0      # [official] hard-coded there
 
@@ -114,10 +114,13 @@ def main(argv):
               else check_base(preset))
     resolved = dataclasses.asdict(settings)
     print("\n".join(f"  {key:24}{value}" for key, value in resolved.items()))
-    if settings.resolution and settings.resolution % 16:
-        raise UserError(f"--resolution {settings.resolution} is not a multiple of 16")
+    largest = 16 * config["pos_embed_max_size"] if preset.captions != "tiny" else 64
+    if settings.resolution and (settings.resolution % 16 or settings.resolution > largest):
+        raise UserError(f"--resolution {settings.resolution} is not a multiple of 16 up to "
+                        f"{largest}")
     if settings.dry_run:
         return
+    resolved["device"] = str(device)
     resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     run = Run(settings.out, resolved, settings.overwrite)
 
@@ -141,6 +144,7 @@ def main(argv):
         for name, net in networks.items():
             net.load_state_dict(parts[name])
             load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
+        parts = None                                            # tens of GB for a real model
         print(f"resuming {run.folder} after iteration {start}")
     recipe_file = run.folder / "distill.json"
     if recipe_file.exists() and read_json(recipe_file)["iteration"] >= settings.iterations:
@@ -153,7 +157,8 @@ def main(argv):
     B, N = settings.batch_size, settings.steps
     side = settings.resolution // decode.factor if settings.resolution else config["sample_size"]
     shape = (config["in_channels"], side, side)                           # C, H, W
-    recipe = recipe_of(preset, 1, N, settings.alpha, settings.guidance, shape)
+    recipe = recipe_of(preset, 1, N, settings.alpha, settings.guidance, shape, settings.resolution,
+                       settings.random_weights)
     if not recipe_file.exists():
         write_json(recipe_file, recipe)
     sigmas = sigma_grid(N)                                                # N + 1 levels, 1 … 0
@@ -221,11 +226,12 @@ def main(argv):
                       m["sigma_k_student"], low)
             with torch.no_grad():
                 x = renoise(p, low, sigma, m["noise_student"])
-                # Both teacher passes always run:
-                # a pass that only some processes need would hang the others.
-                v_real = guide(velocity(teacher, x, sigma, m["prompt"]),
-                               velocity(teacher, x, sigma, book.uncond(len(x))),
-                               sigma, settings.guidance, settings.alpha)  # Eq. 4
+                # Conditional and unconditional pass, always both: one that only some
+                # processes need would hang the others (deviation 6).
+                both = velocity(teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), [
+                    torch.cat(part) for part in
+                    zip(m["prompt"], book.uncond(len(x)), strict=True)])
+                v_real = guide(*both.chunk(2), sigma, settings.guidance, settings.alpha)  # Eq. 4
                 v_fake = velocity(fake_score, x, sigma, m["prompt"])
             m["loss_student"] = dmd_loss(
                 p, euler(x, v_real, sigma, low), euler(x, v_fake, sigma, low),

@@ -37,15 +37,16 @@ class Settings:
                             "without it all weights", low=1, high=4096)
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
     fit_iterations: int = option(None, "steps that fit f to the true residual first [ours]", low=0)
-    warmup: int = option(None, "iterations in which the generator's turns move f alone [paper 500]",
+    warmup: int = option(None, "iterations in which G's turns move f alone "
+                         "[paper, second hand: 500]",
                          low=0)
     references: int = option(768, "reference pictures, made once and kept [ours]", low=1,
                              high=10**7)
     # optimisation
-    iterations: int = option(None, "optimiser steps, D and G together [official 4000]", low=0,
-                             high=999_999)
+    iterations: int = option(None, "optimiser steps, D and G together, after the fit "
+                             "[official 4000]", low=0, high=999_999)
     batch_size: int = option(None, "global batch [official 32]", low=1, high=65536)
-    student_lr: float = option(None, "learning rate [official 1e-5]", above=0, high=1)
+    student_lr: float = option(None, "learning rate [official 1e-5, of LoRA]", above=0, high=1)
     compensation_lr: float = option(None, "of f [official 1e-3; tiny 1e-4, ours]", above=0, high=1)
     discriminator_lr: float = option(None, "of the heads [official 1e-5; tiny 2e-3, ours]", above=0,
                                      high=1)
@@ -62,7 +63,7 @@ class Settings:
     debug: bool = option(False, "show tracebacks")
 
 
-BETAS = (0.9, 0.95)                     # [paper] Stage II, all three optimisers
+BETAS = (0.9, 0.95)                     # [official] all three; [paper, second hand] too
 WEIGHT_DECAY = 1e-4                     # [official]
 CLIP = 2.0                              # [official] student and f jointly; D is not clipped
 D_ONLY, D_PER_G = 50, 2                 # [official] discriminator alone at first, then 2 D : 1 G
@@ -116,6 +117,9 @@ def main(argv):
     if init["base"] != preset.name:
         raise UserError(f"{settings.init} was distilled from {init['base']}, "
                         f"not from {preset.name}")
+    if init["stage"] != 1:
+        raise UserError(f"{settings.init} is a run of Stage {init['stage']}; --init takes one of "
+                        "Stage I")
     steps, cached = init["steps"], settings.cached_blocks != "none"
     span = parse_span(settings.cached_blocks, config["num_layers"]) if cached else None
     if cached and steps < 2:
@@ -133,6 +137,8 @@ def main(argv):
     print("\n".join(f"  {key:24}{value}" for key, value in resolved.items()))
     if settings.dry_run:
         return
+    resolved |= {"device": str(device),                         # another --init is another run
+                 "started_from": [init[key] for key in ("iteration", "alpha", "guidance")]}
     resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     run = Run(settings.out, resolved, settings.overwrite)
 
@@ -162,6 +168,7 @@ def main(argv):
         for name, net in networks.items():
             net.load_state_dict(parts[name])
             load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
+        parts = None                                            # tens of GB for a real model
         print(f"resuming {run.folder} after iteration {start}")
     recipe_file = run.folder / "distill.json"
     total = settings.fit_iterations + settings.iterations
@@ -198,13 +205,15 @@ def main(argv):
             told = read_recipe(settings.reference)
             teacher, _ = load_student(settings.reference, preset, told, device)
             grid = sigma_grid(told["steps"])
-        latents = []
+        latents, batches = [], torch.arange(R).split(128 if preset.captions == "tiny" else 4)
+        pages = PromptBook(preset, device, lambda i: [chosen[j] for j in batches[i]], len(batches))
+        w = init["guidance"] if settings.reference == "teacher" else 1.0
         with torch.inference_mode():
-            for batch in tqdm(torch.arange(R).split(4 * B), desc="references"):
-                x = image_noise(settings.seed, batch, shape).to(device)
-                prompt = book.of([chosen[j] for j in batch])
-                w = init["guidance"] if settings.reference == "teacher" else 1.0
-                latents.append(sample_guided(teacher, x, prompt, book.uncond(len(x)), grid, w,
+            for i, batch in enumerate(tqdm(batches, desc="references")):
+                if run.interrupted:
+                    raise KeyboardInterrupt
+                x, prompt = image_noise(settings.seed, batch, shape).to(device), pages(i)
+                latents.append(sample_guided(teacher, x, prompt, pages.uncond(len(x)), grid, w,
                                              init["alpha"])[0].cpu())
         return torch.cat(latents)                                                   # R×C×H×W
 
@@ -279,9 +288,12 @@ def main(argv):
         done, end = i + 1, i + 1 == total
         patience.check(done, {phase: norm})
         if done % settings.log_every == 0 or end:
+            turns = [phase_of(j, settings.fit_iterations) for j in range(done)]
+            seen |= {"updates_d": turns.count("discriminator"),
+                     "updates_g": turns.count("generator")}
             run.log(done, seconds=time.perf_counter() - begun, **seen)
             bar.set_postfix({key: f"{value:.3f}" for key, value in seen.items()
-                             if "norm" not in key}, refresh=False)
+                             if "norm" not in key and "updates" not in key}, refresh=False)
         if done % settings.sample_every == 0 or end:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
                          shape, sigmas, cache)
