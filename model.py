@@ -252,9 +252,9 @@ def encode_prompts(preset, prompts, device, dtype=torch.float32, random_weights=
             encoder.to(device)
     embeds, pooled = [], []
     with torch.no_grad():
-        for start in range(0, len(prompts), 32):
+        for prompt in prompts:  # one by one: in a batch its last bits depend on its neighbours
             e, _, p, _ = pipe.encode_prompt(
-                prompts[start:start + 32], None, None, do_classifier_free_guidance=False,
+                prompt, None, None, do_classifier_free_guidance=False,
                 max_sequence_length=preset.text_length, device=device)
             embeds.append(e.cpu())
             pooled.append(p.cpu())

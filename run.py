@@ -401,4 +401,4 @@ def load_optimizer(model, optimizer, tensors):
     named = dict(model.named_parameters())
     for key, value in tensors.items():
         name, slot = key.removeprefix("state.").rsplit(".", 1)
-        optimizer.state[named[name]][slot] = value.to(named[name].device)
+        optimizer.state[named[name]][slot] = value.to(named[name].device, copy=True)
