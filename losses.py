@@ -64,8 +64,8 @@ def guide(v_cond, v_uncond, sigma, w, alpha):
 
     v = v_uncond + w·(v_cond − v_uncond) where σ ≤ α, else v_cond. At high noise, where the layout
     is decided, guidance pulls every sample to the dominant mode; switching it off there keeps the
-    student diverse. α is compared with the shifted σ (official; whether the paper's t is pre-shift
-    is not known).
+    student diverse. α is compared with the shifted σ (deviation 1; whether the paper's t is
+    pre-shift is not known).
     """
     guided = v_uncond + w * (v_cond - v_uncond)
     return torch.where(to_shape(sigma, v_cond) <= alpha, guided, v_cond)
@@ -79,7 +79,7 @@ def importance_curve(name):
 
     official  preset c of the released code: anchors joined by lines, smoothed in log space
     paper     read off the small plot "function-c" of the overview figure,
-              its axis taken as the pre-shift u [ours]
+              its axis taken as the pre-shift u [ours, deviation 5]
     uniform   every index alike; the fake score always uses this one [official]
     """
     i = torch.arange(GRID + 1, dtype=torch.float64)
@@ -109,7 +109,7 @@ def window(k, sigmas, form="window"):
     """(high, low) [B]: the levels between which step k [B] of the grid `sigmas` [N + 1] is matched.
 
     "window" (official, trajectory form): from σ_k down to σ_k+1, where the step ends. "x0" (the
-    paper's figure): from 1 down to 0, so the step's x0-prediction is re-noised to any level. The
+    paper's figure, deviation 2): from 1 down to 0, so the step's x0-prediction is re-noised to any level. The
     last step of both ends at 0.
     """
     if form == "x0":
@@ -141,8 +141,8 @@ def dmd_loss(sample, real, fake, normaliser="sample", distance="mse"):
 
     sample [B, C, H, W] is the student's, with gradient; real and fake are where teacher and fake
     score, without gradient, take the same re-noised sample. With distance "mse" the gradient by
-    sample is exactly (fake − real) / normaliser / numel, the DMD gradient; "huber" is the official
-    pseudo-Huber form, whose gradient is nearly the sign of it.
+    sample is exactly (fake − real) / normaliser / numel, the DMD gradient; "huber" (deviation 4)
+    is the official pseudo-Huber form, whose gradient is nearly the sign of it.
     normaliser "sample" averages |sample − real| over all non-batch dimensions (deviation 3);
     "column" over dims 1 and 2 only, the official behaviour: one weight for each image column.
     """

@@ -153,7 +153,8 @@ def velocity(net, x, sigma, prompt):
     and sigma (a number or [B]).
 
     prompt is (embeds [B, L, D], pooled [B, P]). This is the only place where sigma becomes a
-    timestep (1000·σ). On CUDA the forward runs in bf16 autocast; what enters and leaves is fp32.
+    timestep (1000·σ). On CUDA the forward runs in bf16 autocast; what enters and leaves is fp32
+    (deviation 7).
     """
     timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
@@ -316,7 +317,7 @@ _GRAMMAR = (
 
 
 def default_prompts(preset):
-    """The miniature's 24 captions, or 80 000 prompts of a built-in grammar
+    """The miniature's 24 captions, or (deviation 8) 80 000 prompts of a built-in grammar
     (style, kind, subject, place, light)."""
     if preset.captions == "tiny":
         from tiny import CAPTIONS

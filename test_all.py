@@ -923,7 +923,7 @@ def bad_files(folder):
 ])
 def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tmp_path, capsys,
                                                           monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     bad_files(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))}

@@ -252,8 +252,7 @@ def main(argv):
             metrics = {"loss_fake": sum(m["loss_fake"].item() for m in micros) / len(micros),
                        "loss_student": sum(m["loss_student"].item() for m in micros) / len(micros),
                        "grad_norm_fake": norm_fake, "grad_norm_student": norm_student,
-                       # |teacher − fake score| by re-noise level:
-                       # falls as the student arrives, grows in collapse
+                       # |teacher − fake score| by re-noise level (README: what to expect)
                        **{f"gap_{a}_{b}": gap[(sigma > a) & (sigma <= b)].mean()
                           for a, b in ((0, 0.5), (0.5, 0.75), (0.75, 0.94), (0.94, 1))},
                        "x0_mean": x0.mean(), "x0_std": x0.std(),

@@ -195,8 +195,8 @@ def main(argv):
                       keep=gallery.prompts)
 
     # ================================================================== references, made once
-    # The same prompt and noise as the student's sample; the teacher is guided with α, or it would
-    # teach the collapse that Stage I avoided.
+    # Deviation 10. The same prompt and noise as the student's sample; the teacher is guided with
+    # α, or it would teach the collapse that Stage I avoided.
     def make_references():
         if settings.reference == "teacher":
             teacher = load_transformer(preset).to(device)
@@ -323,7 +323,7 @@ def main(argv):
 
 def add_lora(student, rank, seed):
     """LoRA on the attention and feed-forward layers of both streams [official targets,
-    alpha = rank]."""
+    alpha = rank; deviation 12]."""
     try:
         from peft import LoraConfig
     except ImportError:
