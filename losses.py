@@ -109,8 +109,8 @@ def window(k, sigmas, form="window"):
     """(high, low) [B]: the levels between which step k [B] of the grid `sigmas` [N + 1] is matched.
 
     "window" (official, trajectory form): from σ_k down to σ_k+1, where the step ends. "x0" (the
-    paper's figure, deviation 2): from 1 down to 0, so the step's x0-prediction is re-noised to any level. The
-    last step of both ends at 0.
+    paper's figure, deviation 2): from 1 down to 0, so the step's x0-prediction is re-noised to any
+    level. The last step of both ends at 0.
     """
     if form == "x0":
         return torch.ones(len(k)), torch.zeros(len(k))
