@@ -353,6 +353,22 @@ class Run:
         for old in self.checkpoints()[:-KEEP]:
             shutil.rmtree(old)
 
+    def restore(self, networks, optimizers):
+        """resume() into networks and optimisers, dicts of the same names; returns the iteration."""
+        iteration, parts = self.resume()
+        if parts:
+            for name, net in networks.items():
+                net.load_state_dict(parts[name])
+                load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
+            print(f"resuming {self.folder} after iteration {iteration}")
+        return iteration
+
+    def save(self, iteration, networks, optimizers):
+        """checkpoint() of what restore() puts back."""
+        self.checkpoint(iteration, {name: net.state_dict() for name, net in networks.items()} | {
+            f"{name}_optimizer": optimizer_tensors(net, optimizers[name])
+            for name, net in networks.items()})
+
 
 # ----------------------------------------------------------------------------- optimiser plumbing
 
@@ -400,5 +416,5 @@ def load_optimizer(model, optimizer, tensors):
     Learning rates and betas come from the settings, not the file."""
     named = dict(model.named_parameters())
     for key, value in tensors.items():
-        name, slot = key.removeprefix("state.").rsplit(".", 1)
+        name, slot = key.rsplit(".", 1)
         optimizer.state[named[name]][slot] = value.to(named[name].device, copy=True)

@@ -20,8 +20,8 @@ import dataclasses
 import hashlib
 import time
 
-from run import (Patience, Run, UserError, command, load_optimizer, optimizer_tensors, option,
-                 parse_settings, read_json, rng, save_whole, update, write_json)
+from run import (Patience, Run, UserError, command, option, parse_settings, read_json, rng,
+                 save_whole, update, write_json)
 
 
 @dataclasses.dataclass
@@ -139,13 +139,7 @@ def main(argv):
                   for name, lr in (("student", settings.student_lr),
                                    ("fake_score", settings.fake_lr))}
 
-    start, parts = run.resume()
-    if parts:
-        for name, net in networks.items():
-            net.load_state_dict(parts[name])
-            load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
-        parts = None                                            # tens of GB for a real model
-        print(f"resuming {run.folder} after iteration {start}")
+    start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
     if recipe_file.exists() and read_json(recipe_file)["iteration"] >= settings.iterations:
         print(f"{run.folder} is finished; more --iterations continue it, --overwrite starts again")
@@ -171,11 +165,6 @@ def main(argv):
     gallery = Gallery(preset, prompts)
     book = PromptBook(preset, device, drawn_prompts, settings.iterations, keep=gallery.prompts,
                       random_weights=settings.random_weights)
-
-    def save_checkpoint(iteration):
-        run.checkpoint(iteration, {name: net.state_dict() for name, net in networks.items()} | {
-            f"{name}_optimizer": optimizer_tensors(net, optimizers[name])
-            for name, net in networks.items()})
 
     # ================================================================== train
     begun, patience = time.perf_counter(), Patience(run)
@@ -266,7 +255,7 @@ def main(argv):
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
                          shape, sigmas)
         if done % settings.checkpoint_every == 0 or last or run.interrupted:
-            save_checkpoint(done)
+            run.save(done, networks, optimizers)
         if run.interrupted and not last:
             bar.close()
             print(f"stopped after iteration {done}, saved; type the same command again to go on")

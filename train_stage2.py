@@ -17,8 +17,8 @@ import dataclasses
 import hashlib
 import time
 
-from run import (Patience, Run, UserError, command, load_optimizer, optimizer_tensors, option,
-                 parse_settings, read_json, rng, save_whole, update, write_json)
+from run import (Patience, Run, UserError, command, option, parse_settings, read_json, rng,
+                 save_whole, update, write_json)
 
 
 @dataclasses.dataclass
@@ -163,13 +163,7 @@ def main(argv):
     optimizers = {name: torch.optim.AdamW(learning[name], lr=rates[name], betas=BETAS,
                                           weight_decay=WEIGHT_DECAY, fused=True)
                   for name in networks}
-    start, parts = run.resume()
-    if parts:
-        for name, net in networks.items():
-            net.load_state_dict(parts[name])
-            load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
-        parts = None                                            # tens of GB for a real model
-        print(f"resuming {run.folder} after iteration {start}")
+    start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
     total = settings.fit_iterations + settings.iterations
     if recipe_file.exists() and read_json(recipe_file)["iteration"] >= total:
@@ -222,11 +216,6 @@ def main(argv):
         made = make_references()
         save_whole(kept.parent, lambda folder: save_file({"latents": made}, folder / kept.name))
     reference = load_file(kept)["latents"]
-
-    def save_checkpoint(iteration):
-        run.checkpoint(iteration, {name: net.state_dict() for name, net in networks.items()} | {
-            f"{name}_optimizer": optimizer_tensors(net, optimizers[name])
-            for name, net in networks.items()})
 
     # ================================================================== train
     begun, patience, seen = time.perf_counter(), Patience(run), {}
@@ -298,7 +287,7 @@ def main(argv):
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
                          shape, sigmas, cache)
         if done % settings.checkpoint_every == 0 or end or run.interrupted:
-            save_checkpoint(done)
+            run.save(done, networks, optimizers)
         if run.interrupted and not end:
             bar.close()
             print(f"stopped after iteration {done}, saved; type the same command again to go on")
