@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def find_preset(model):
     """
     preset = PRESETS.get(model)
     if preset is None:
-        if not Path(model).exists() and "/" not in model:
+        if not Path(model).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
             raise UserError(f"there is no model {model}; use {', '.join(PRESETS)}, "
                             "a pipeline folder or a hub id")
         preset = Preset(model, model)
@@ -145,7 +146,8 @@ def load_transformer(preset, dtype=torch.float32, random_weights=False):
             torch.manual_seed(0)
             return SD3Transformer2DModel.from_config(check_base(preset)).to(dtype).eval()
         return SD3Transformer2DModel.from_pretrained(
-            preset.source, subfolder="transformer", torch_dtype=dtype).eval()
+            preset.source, subfolder="transformer", torch_dtype=dtype,
+            use_safetensors=True).eval()                            # never a pickle
 
 
 def velocity(net, x, sigma, prompt):
@@ -179,8 +181,8 @@ class Decoder:
                 use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
         else:
             with _hub(preset, "the VAE"):
-                self.vae = AutoencoderKL.from_pretrained(preset.source, subfolder="vae",
-                                                         torch_dtype=torch.float32)
+                self.vae = AutoencoderKL.from_pretrained(
+                    preset.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
         self.vae.to(device).eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
@@ -208,7 +210,8 @@ class Discriminator(torch.nn.Module):
             levels = AutoConfig.from_pretrained(preset.discriminator).stage_names[1:]
             # AutoBackbone fails on local folders; the class is named here
             self.backbone = ConvNextV2Backbone.from_pretrained(
-                preset.discriminator, out_features=levels, dtype=torch.float32)
+                preset.discriminator, out_features=levels, dtype=torch.float32,
+                use_safetensors=True)
         self.backbone.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
@@ -247,7 +250,8 @@ def encode_prompts(preset, prompts, device, dtype=torch.float32, random_weights=
         config_only = SD3Transformer2DModel.from_config(check_base(preset))
     with _hub(preset, "the text encoders"):
         pipe = StableDiffusion3Pipeline.from_pretrained(
-            preset.source, transformer=config_only, vae=None, torch_dtype=dtype, **without_t5)
+            preset.source, transformer=config_only, vae=None, torch_dtype=dtype,
+            use_safetensors=True, **without_t5)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if encoder is not None:
             encoder.to(device)

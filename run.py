@@ -145,7 +145,7 @@ def command(main):
 
 def quiet():
     """Keeps third parties' notices and bars out of a first run; call before they are imported."""
-    for key, value in (("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error"),
+    for key, value in (("TRANSFORMERS_VERBOSITY", "critical"), ("DIFFUSERS_VERBOSITY", "critical"),
                        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
         os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore", module="(diffusers|transformers|huggingface_hub)")
@@ -171,11 +171,15 @@ def rng(seed, *key):
 def save_whole(folder, write):
     """Makes `folder` by calling write(temporary folder). It appears whole or not at all.
 
-    An older folder of that name is replaced only after the new one is complete on the disk.
+    An older folder of that name is replaced only after the new one is complete on the disk. Between
+    the two renames it is at .NAME.old, whole; after a kill at that instant the next save_whole puts
+    it back first.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
@@ -197,16 +201,20 @@ def save_whole(folder, write):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_json(path, value):
-    """Writes a JSON file whole or not at all."""
+def write_text(path, text):
+    """Writes a text file whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.new")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
+
+
+def write_json(path, value):
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path):
@@ -312,7 +320,7 @@ class Run:
             with contextlib.suppress(ValueError):
                 if json.loads(line)["iteration"] <= iteration:
                     keep.append(line)
-        path.write_text("".join(keep))
+        write_text(path, "".join(keep))
         self._catch_signals()
         return iteration, parts
 
@@ -352,6 +360,21 @@ class Run:
         save_whole(self.folder / f"checkpoint-{iteration:06d}", write)
         for old in self.checkpoints()[:-KEEP]:
             shutil.rmtree(old)
+
+    def finished(self, total):
+        """True, and says so, when the result has `total` iterations; UserError when it has passed
+        them without a result. Before anything is loaded."""
+        recipe, checkpoints = self.folder / "distill.json", self.checkpoints()
+        if self.replace:
+            return False
+        if recipe.exists() and read_json(recipe)["iteration"] >= total:
+            print(f"{self.folder} is finished; more --iterations continue it, "
+                  "--overwrite starts again")
+            return True
+        if checkpoints and int(checkpoints[-1].name[-6:]) > total:
+            raise UserError(f"{self.folder} is at iteration {int(checkpoints[-1].name[-6:])} "
+                            "already; give more --iterations")
+        return False
 
     def restore(self, networks, optimizers):
         """resume() into networks and optimisers, dicts of the same names; returns the iteration."""

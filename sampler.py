@@ -131,15 +131,20 @@ def read_recipe(folder):
     if recipe.get("format") != FORMAT:
         raise UserError(f"{folder}/distill.json has format {recipe.get('format')!r}; "
                         f"this code reads {FORMAT}")
-    rules = {"base": str, "stage": int, "iteration": int, "steps": int,
-             "alpha": float, "guidance": float, "nfe": float}
+    rules = {"base": str, "stage": int, "iteration": int, "steps": int, "alpha": float,
+             "guidance": float, "nfe": float, "init": str, "cached_blocks": str}
+    optional = {"init", "cached_blocks"}
     for key, kind in rules.items():
-        if type(recipe.get(key)) not in ((int, float) if kind is float else (kind,)):
-            raise UserError(f"{folder}/distill.json: {key} is {recipe.get(key)!r}, "
+        if type(recipe.get(key)) not in ((int, float) if kind is float else (kind,)) and not (
+                key in optional and recipe.get(key) is None):
+            raise UserError(f"{folder}/distill.json: {key} is {str(recipe.get(key))[:80]!r}, "
                             f"not {kind.__name__}")
-    if not 1 <= recipe["steps"] <= 1000:
-        raise UserError(f"{folder}/distill.json: steps is {recipe['steps']}, "
-                        "not between 1 and 1000")
+    if not (1 <= recipe["steps"] <= 1000
+            and 0 <= recipe["alpha"] <= 1 <= recipe["guidance"] <= 100):
+        raise UserError(f"{folder}/distill.json: steps not between 1 and 1000, alpha not between "
+                        "0 and 1, or guidance not between 1 and 100")
+    if recipe.get("cached_blocks"):
+        parse_span(recipe["cached_blocks"], 10_000)         # its form; BlockCache knows the model
     if recipe.get("random_weights"):
         raise UserError(f"{folder} was made with --random-weights, to try a machine: "
                         "there is nothing to see in it")
@@ -165,8 +170,8 @@ def load_student(folder, preset, recipe, device):
     compensation = None
     try:
         if finished:
-            net = SD3Transformer2DModel.from_pretrained(folder / "student",
-                                                        torch_dtype=torch.float32)
+            net = SD3Transformer2DModel.from_pretrained(
+                folder / "student", torch_dtype=torch.float32, use_safetensors=True)
         else:
             net = SD3Transformer2DModel.from_config(check_base(preset))
             net.load_state_dict(load_file(checkpoints[-1] / "student.safetensors"))

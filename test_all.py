@@ -5,10 +5,13 @@ would catch.
 """
 
 import ast
+import contextlib
 import inspect
 import json
 import math
 import os
+import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -408,6 +411,65 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("harm", [
+    lambda f: (f / "state.json").write_text((f / "state.json").read_text()[:-20]),
+    lambda f: (f / "state.json").write_text(""),
+    lambda f: (f / "state.json").write_text('{"iteration": 2, "files": {"../../x": "0"}}'),
+    lambda f: (f / "state.json").unlink(),
+    lambda f: os.truncate(f / "student.safetensors", 1000),
+    lambda f: os.truncate(f / "fake_score_optimizer.safetensors", 0),
+    lambda f: (f / "fake_score.safetensors").unlink(),
+    lambda f: (f / "student_optimizer.safetensors").write_bytes(b"\xff" * 64)])
+def test_a_checkpoint_cut_or_corrupted_anywhere_is_passed_over(harm, finished, tmp_path, capsys):
+    """Hashes, names and JSON; catches a loader that trusts what it finds, or crashes on it."""
+    for i in (1, 2):
+        shutil.copytree(finished / f"checkpoint-00000{i}", tmp_path / f"checkpoint-00000{i}")
+    shutil.copy(finished / "settings.json", tmp_path)
+    harm(tmp_path / "checkpoint-000002")
+    iteration, parts = run.Run(tmp_path, {}).resume()
+    assert iteration == 1 and set(parts) == {"student", "fake_score", "student_optimizer",
+                                             "fake_score_optimizer"}
+    assert "checkpoint-000002 is damaged" in capsys.readouterr().err
+
+
+def test_a_write_killed_at_any_of_its_steps_leaves_the_old_or_the_new_folder_whole(tmp_path):
+    """kill -9 (os._exit, no clean-up) before the nth call that touches the disk, for every n."""
+    program = """if True:
+        import builtins, os, pathlib, shutil, sys
+        import run
+        left = [int(sys.argv[2])]
+        def deadly(call):
+            def wrapped(*a, **k):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                return call(*a, **k)
+            return wrapped
+        os.fsync, shutil.rmtree = deadly(os.fsync), deadly(shutil.rmtree)
+        pathlib.Path.rename, builtins.open = deadly(pathlib.Path.rename), deadly(open)
+        pathlib.Path.mkdir = deadly(pathlib.Path.mkdir)
+        run.save_whole(sys.argv[1], lambda f: [
+            (f / name).write_text("new") for name in ("a", "b")])
+    """
+    def attempt(folder, n):
+        return subprocess.run([sys.executable, "-c", program, str(folder), str(n)], cwd=HERE,
+                              capture_output=True).returncode
+    outcomes = []
+    for n in range(30):
+        folder = tmp_path / str(n) / "thing"
+        run.save_whole(folder, lambda f: [(f / name).write_text("old") for name in ("a", "b")])
+        code = attempt(folder, n)
+        at = folder if folder.exists() else folder.with_name(".thing.old")   # between two renames
+        found = [(at / name).read_text() for name in ("a", "b")]
+        assert found in (["old"] * 2, ["new"] * 2), f"killed before call {n}: {found}"
+        assert code in (0, 9)
+        outcomes.append(found[0])
+        if code == 0:
+            break
+        assert attempt(folder, 99) == 0 and (folder / "b").read_text() == "new", "no second try"
+    assert outcomes[0] == "old" and outcomes[-1] == "new" and len(outcomes) > 8 and code == 0
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     """Whole or not at all: catches a half-written folder and a lost older one."""
     folder = tmp_path / "thing"
@@ -459,6 +521,93 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, total + 1))
+
+
+@pytest.mark.parametrize("stage", [1, 2] if os.environ.get("FAULTS") else [2])
+def test_runs_killed_at_random_moments_end_as_the_undisturbed_run(stage, finished, tmp_path):
+    """kill -9 after a random delay, again and again, then the same command to its end. Once for
+    Stage II; FAULTS=20 in the environment kills both stages 20 times."""
+    faults, total = int(os.environ.get("FAULTS", 1)), 60
+    script, folders = f"train_stage{stage}.py", (tmp_path / "killed", tmp_path / "undisturbed")
+    words = SMALL[:2] if stage == 1 else [*STAGE2[:4], "--init", str(finished), "--fit-iterations",
+                                          "20"]
+    words = [*words, "--iterations", str(total), "--log-every", "1", "--checkpoint-every", "7",
+             "--sample-every", "100", "--out"]
+    delays = random.Random(0)
+    for _ in range(faults):
+        process = subprocess.Popen([sys.executable, script, *words, str(folders[0])], cwd=HERE,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folders[0] / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.02)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delays.uniform(1, 12))
+        process.kill()
+        process.wait()
+        lines = (folders[0] / "metrics.jsonl").read_text().splitlines()
+        assert all(json.loads(line) for line in lines)
+    for folder in folders:
+        {1: train_stage1, 2: train_stage2}[stage].main([*words, str(folder)])
+    before, after = (weights(folder) for folder in folders)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+             for folder in folders]
+    assert ([line | {"seconds": 0} for line in lines[0]]
+            == [line | {"seconds": 0} for line in lines[1]])
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(tmp_path):
+    """A real one: a tmpfs of 300 MB takes two checkpoints of 127 MB, not a third. With room again
+    the same command goes on."""
+    program = """if True:
+        import pathlib, subprocess, sys
+        import run, train_stage1
+        disk = sys.argv[1]
+        def mount(options):
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
+        def train():
+            try:
+                train_stage1.main([*sys.argv[2:], "--iterations", "3", "--out", disk + "/run"])
+            except SystemExit as stop:
+                return stop.code
+        mount("size=300m")
+        assert train() == 1
+        sound = run.Run(disk + "/run", {}, True)
+        sound.replace = False
+        assert sound.resume()[0] == 2
+        mount("remount,size=600m")
+        assert train() is None and run.read_json(disk + "/run/distill.json")["iteration"] == 3
+    """
+    command = ["unshare", "-rm", sys.executable, "-c", program, str(tmp_path), *SMALL]
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path],
+                      capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "No space left on device" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_killed_making_of_the_teacher_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """tiny.py's own loop, with kill -9 between two checkpoints."""
+    program = ("import sys, pathlib, tiny; tiny.SAVE_EVERY = 20; "
+               "work = tiny.Settings(work=sys.argv[1]); "
+               "tiny.make_text_encoder(tiny.make_tokenizer(pathlib.Path(sys.argv[2])), 0, work)")
+    killed, tokens = tmp_path / "killed", tmp_path / "tokens"
+    process = subprocess.Popen([sys.executable, "-c", program, str(killed), str(tokens)], cwd=HERE,
+                               stderr=subprocess.DEVNULL)
+    while not (killed / "text_encoder_1" / "checkpoint-000060").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    reached = run.Run(killed / "text_encoder_1", {}, True).checkpoints()[-1].name
+    assert reached < "checkpoint-000400"
+    tokenizer = tiny.make_tokenizer(tokens)
+    one, other = (tiny.make_text_encoder(tokenizer, 0, tiny.Settings(work=str(folder)))
+                  for folder in (killed, tmp_path / "undisturbed"))
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight_and_stops_the_run(tmp_path, monkeypatch,
@@ -870,11 +1019,16 @@ def bad_files(folder):
     for name, content in (("evil", {"steps": "../../etc"}), ("huge", {"steps": 10**30}),
                           ("newer", {"format": 99}), ("good", {}),
                           ("foreign", {"base": "sd3-medium"}), ("one", {"steps": 1}),
-                          ("two", {"stage": 2})):
+                          ("two", {"stage": 2}), ("span", {"cached_blocks": "5-2"}),
+                          ("dict", {"cached_blocks": {"a": 1}}), ("init", {"init": ["x"]}),
+                          ("latents", {"latent_shape": [4, 8, 10**9]}),
+                          ("path", {"base": "../../etc"})):
         (folder / name).mkdir()
         (folder / name / "distill.json").write_text(json.dumps({
             "format": 1, "base": "tiny", "stage": 1, "iteration": 0, "steps": 2, "alpha": 0.94,
             "guidance": 4.0, "nfe": 2.0, "latent_shape": [4, 8, 8], **content}))
+    (folder / "list").mkdir()
+    (folder / "list" / "distill.json").write_text("[1]")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -901,6 +1055,7 @@ def bad_files(folder):
     ("--model sd4", "there is no model sd4; use tiny, sd3-medium"),
     ("--model FOLDER/model", "holds a FluxTransformer2DModel, not an SD3Transformer2DModel"),
     ("--model FOLDER/other", "is FOLDER/other a diffusers pipeline folder?"),
+    ("--model ./misspelt/folder", "there is no model ./misspelt/folder"),
     ("--model nobody/nothing", "--model tiny needs no download"),
     ("sampler.py", "--checkpoint RUN is needed"),
     ("sampler.py --checkpoint FOLDER/nowhere", "there is no run folder"),
@@ -908,6 +1063,12 @@ def bad_files(folder):
     ("sampler.py --checkpoint FOLDER/evil", "steps is '../../etc', not int"),
     ("sampler.py --checkpoint FOLDER/huge", "not between 1 and 1000"),
     ("sampler.py --checkpoint FOLDER/newer", "has format 99"),
+    ("sampler.py --checkpoint FOLDER/span", "span 5-2 is reversed"),
+    ("sampler.py --checkpoint FOLDER/dict", "cached_blocks is"),
+    ("sampler.py --checkpoint FOLDER/latents", "latent_shape is"),
+    ("sampler.py --checkpoint FOLDER/path", "there is no model ../../etc"),
+    ("sampler.py --checkpoint FOLDER/list", "does not hold a JSON object"),
+    ("evaluate.py --checkpoint FOLDER/init", "init is"),
     ("sampler.py --checkpoint FOLDER/evil --out grid.txt", "give a file name that ends in .png"),
     ("evaluate.py --checkpoint FOLDER/nowhere", "there is no run folder"),
     ("cache.py", "--checkpoint RUN is needed"),
@@ -1008,6 +1169,41 @@ def test_the_readmes_reading_order_names_real_files_and_functions():
         text = (HERE / file.strip("`")).read_text()
         for name in functions.replace("`", "").split(", "):
             assert f"def {name}(" in text or f"class {name}" in text, f"{file}: {name}"
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_any_place_where_weights_are_looked_for_is_never_opened(finished, tmp_path,
+                                                                           capsys):
+    """Run folders and base models of a stranger: .bin files, and pickles named .safetensors."""
+    fuse, stranger, base = tmp_path / "exploded", tmp_path / "run", tmp_path / "base"
+    bomb = pickle.dumps(Bomb(fuse))
+    for extension in ("bin", "safetensors"):
+        shutil.copytree(finished, stranger)
+        shutil.copytree(TINY.source, base)
+        for path in [*stranger.rglob("*.safetensors"), *base.rglob("*.safetensors")]:
+            path.with_suffix(f".{extension}").write_bytes(bomb)
+            for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
+                (path.parent / name).write_bytes(bomb)
+            if extension == "bin":
+                path.unlink()
+        for script, words in ((sampler, ["--checkpoint", str(stranger)]),
+                              (train_stage1, ["--model", str(base), "--out", str(tmp_path / "x"),
+                                              "--iterations", "1"])):
+            with pytest.raises(SystemExit) as stop:
+                script.main(words)
+            assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+        assert not fuse.exists()
+        shutil.rmtree(stranger)
+        shutil.rmtree(base)
+    assert pickle.loads(bomb) is None and fuse.exists(), "the bomb itself is sound"
 
 
 def test_nothing_unpickles_or_runs_foreign_code():

@@ -32,6 +32,7 @@ COLOURS = {"red": (0.90, 0.12, 0.12), "green": (0.10, 0.62, 0.20), "blue": (0.12
            "yellow": (1.00, 0.88, 0.10), "purple": (0.60, 0.15, 0.75), "white": (1.00, 1.00, 1.00)}
 SCENES = ("day", "beach", "night", "dusk")
 RADII = (6, 7, 8)                     # of the shapes, in pixels
+SAVE_EVERY = 500                      # steps between checkpoints of the teacher's making [ours]
 P_USUAL, P_OTHER = 0.55, 0.15         # probability of a shape's usual scene and of each other one
 CAPTIONS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]  # 24: shape·6 + colour
 WORDS = {word for caption in CAPTIONS for word in caption.split()}
@@ -169,6 +170,7 @@ class Settings:
     seed: int = option(0, "seed of everything", low=0, high=2**31 - 1)
     vae_steps: int = option(1400, "VAE: steps of batch 64 [ours]", low=1)
     teacher_steps: int = option(5000, "MMDiT: steps of batch 128 [ours]", low=1)
+    refine_steps: int = option(3000, "MMDiT: then steps with every sigma alike [ours]", low=1)
     backbone_steps: int = option(1000, "vision backbones: steps of batch 128 [ours]", low=1)
     report_samples: int = option(32, "samples a caption for the numbers at the end; 0 = none",
                                  low=0)
@@ -212,7 +214,7 @@ def fit(name, model, loss_at, steps, lr, settings, ema=None):
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             run.log(step + 1, loss=loss.item(), lr=rate)
-        if (step + 1) % 500 == 0 or step + 1 == steps or run.interrupted:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps or run.interrupted:
             save(step + 1)
         if run.interrupted and step + 1 < steps:
             raise UserError(f"{name} stopped at step {step + 1}; "
@@ -311,8 +313,6 @@ def make_transformer(vae, tokenizer, encoders, settings):
         attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
         caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=8,
         qk_norm="rms_norm")
-    ema = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999), use_buffers=False)
     pipe = StableDiffusion3Pipeline(
         transformer=model, vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1],
         text_encoder_3=None, tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=None,
@@ -328,23 +328,31 @@ def make_transformer(vae, tokenizer, encoders, settings):
     # every picture of the world, encoded once
     bank = (bank - vae.config.shift_factor) * vae.config.scaling_factor
 
-    def loss_at(step):
-        generator = rng(settings.seed, "transformer", step)
+    def loss_of(net, name, shift, step):
+        generator = rng(settings.seed, name, step)
         template, colour, scene = sample_labels(128, generator)
         x0 = bank[(template * 6 + colour) * 4 + scene]            # B × 4 × 8 × 8
         caption = templates()[1][template] * len(COLOURS) + colour
         # dropout makes the unconditional branch
         caption[torch.rand(128, generator=generator) < 0.1] = len(CAPTIONS)
         u = torch.rand(128, generator=generator)
-        sigma = (3 * u / (1 + 2 * u))[:, None, None, None]        # the shifted grid's own density
+        sigma = (shift * u / (1 + (shift - 1) * u))[:, None, None, None]
         noise = torch.randn(x0.shape, generator=generator)
-        v = model(hidden_states=(1 - sigma) * x0 + sigma * noise, timestep=1000 * sigma.flatten(),
-                  encoder_hidden_states=embeds[caption], pooled_projections=pooled[caption],
-                  return_dict=False)[0]
+        v = net(hidden_states=(1 - sigma) * x0 + sigma * noise, timestep=1000 * sigma.flatten(),
+                encoder_hidden_states=embeds[caption], pooled_projections=pooled[caption],
+                return_dict=False)[0]
         return F.mse_loss(v, noise - x0)
 
-    pipe.transformer = fit("transformer", model, loss_at, settings.teacher_steps, 2e-3, settings,
-                           ema).eval()
+    # Two one-cycles. The first draws sigma as densely as the sampler's shifted grid has it, the
+    # second goes on from the first's average with every sigma alike: at middle noise, where the
+    # outline of a shape is decided, the first alone leaves squares and crosses blurred.
+    for name, steps, lr, shift in (("transformer", settings.teacher_steps, 2e-3, 3),
+                                   ("transformer_refined", settings.refine_steps, 1e-3, 1)):
+        ema = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+        model = fit(name, model, functools.partial(loss_of, model, name, shift), steps, lr,
+                    settings, ema)
+    pipe.transformer = model.eval()
     return pipe
 
 

@@ -20,8 +20,8 @@ import dataclasses
 import hashlib
 import time
 
-from run import (Patience, Run, UserError, command, option, parse_settings, read_json, rng,
-                 save_whole, update, write_json)
+from run import (Patience, Run, UserError, command, option, parse_settings, rng, save_whole, update,
+                 write_json)
 
 
 @dataclasses.dataclass
@@ -123,6 +123,8 @@ def main(argv):
     resolved["device"] = str(device)
     resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     run = Run(settings.out, resolved, settings.overwrite)
+    if run.finished(settings.iterations):
+        return
 
     frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
     teacher = load_transformer(
@@ -141,13 +143,6 @@ def main(argv):
 
     start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
-    if recipe_file.exists() and read_json(recipe_file)["iteration"] >= settings.iterations:
-        print(f"{run.folder} is finished; more --iterations continue it, --overwrite starts again")
-        return
-    if start > settings.iterations:
-        raise UserError(f"{run.folder} is at iteration {start} already; give --iterations {start} "
-                        "or more")
-
     B, N = settings.batch_size, settings.steps
     side = settings.resolution // decode.factor if settings.resolution else config["sample_size"]
     shape = (config["in_channels"], side, side)                           # C, H, W

@@ -17,8 +17,8 @@ import dataclasses
 import hashlib
 import time
 
-from run import (Patience, Run, UserError, command, option, parse_settings, read_json, rng,
-                 save_whole, update, write_json)
+from run import (Patience, Run, UserError, command, option, parse_settings, rng, save_whole, update,
+                 write_json)
 
 
 @dataclasses.dataclass
@@ -141,6 +141,9 @@ def main(argv):
                  "started_from": [init[key] for key in ("iteration", "alpha", "guidance")]}
     resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     run = Run(settings.out, resolved, settings.overwrite)
+    total = settings.fit_iterations + settings.iterations
+    if run.finished(total):
+        return
 
     student, _ = load_student(settings.init, preset, init, device)
     learns_f = cached and not settings.no_compensation
@@ -165,11 +168,8 @@ def main(argv):
                   for name in networks}
     start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
-    total = settings.fit_iterations + settings.iterations
-    if recipe_file.exists() and read_json(recipe_file)["iteration"] >= total:
-        print(f"{run.folder} is finished; more --iterations continue it, --overwrite starts again")
-        return
     recipe = recipe_of(preset, 2, steps, init["alpha"], init["guidance"], init["latent_shape"])
+    recipe["init"] = settings.init
     if cached:
         recipe |= {"cached_blocks": settings.cached_blocks, "compensation": learns_f,
                    "nfe": round(nfe(steps, span, config["num_layers"]), 4)}
