@@ -173,11 +173,16 @@ def fake_score_loss(v_fake, x, x0, sigma):
 
 # ----------------------------------------------------------------------------- Stage II losses
 
-def fit_loss(predicted, true):
-    """Relative squared error of f(Δ0) against the true residual, both [B, N, D], mean over the
-    batch [ours: the official code has no such loss with a gradient]."""
-    error = ((predicted.float() - true.float()) ** 2).sum((1, 2))
-    return (error / ((true.float() ** 2).sum((1, 2)) + EPSILON)).mean()
+def fit_loss(cached, full):
+    """Relative squared error of the cached step's velocity against the full step's, both
+    [B, C, H, W], mean over the batch.
+
+    [ours, deviation 9: the official code names such a loss, at weight 0, against residuals that
+    carry no gradient.]
+    """
+    dims = tuple(range(1, full.ndim))
+    error = ((cached.float() - full.float()) ** 2).sum(dims)
+    return (error / ((full.float() ** 2).sum(dims) + EPSILON)).mean()
 
 
 REAL = 0.8          # [official] one-sided label smoothing; also the generator's target

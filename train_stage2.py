@@ -181,11 +181,18 @@ def main(argv):
     chosen = [prompts[j] for j in torch.randint(len(prompts), (R,),
                                                 generator=rng(settings.seed, "references"))]
 
-    def picks(i):
-        return torch.randint(R, (B,), generator=rng(settings.seed, i, "picks")).tolist()
+    def batch_of(i):
+        """(noise indices [B], prompts [B]) of iteration i: the discriminator's turns take those of
+        references, f's and the generator's turns fresh ones, which nobody can learn by heart."""
+        g = rng(settings.seed, i, "batch")
+        if phase_of(i, settings.fit_iterations) == "discriminator":
+            pick = torch.randint(R, (B,), generator=g).tolist()
+            return pick, [chosen[j] for j in pick]
+        return (range(R + i * B, R + (i + 1) * B),
+                [prompts[j] for j in torch.randint(len(prompts), (B,), generator=g)])
 
     gallery = Gallery(preset, prompts)
-    book = PromptBook(preset, device, lambda i: [chosen[j] for j in picks(i)], total,
+    book = PromptBook(preset, device, lambda i: batch_of(i)[1], total,
                       keep=gallery.prompts)
 
     # ================================================================== references, made once
@@ -221,7 +228,7 @@ def main(argv):
     begun, patience, seen = time.perf_counter(), Patience(run), {}
     bar = tqdm(range(start, total), initial=start, total=total, desc="stage 2")
     for i in bar:
-        phase, pick = phase_of(i, settings.fit_iterations), picks(i)
+        phase, pick = phase_of(i, settings.fit_iterations), batch_of(i)[0]
         noise, prompt = image_noise(settings.seed, pick, shape).to(device), book(i)
         for name in networks:  # who learns in this turn; nobody else's gradients are touched
             for p in learning[name]:
@@ -234,12 +241,11 @@ def main(argv):
         last = sigmas[-2].item()
 
         if phase == "fit":
-            # ---- 2a. f towards the residual that the span really has in the last step [ours]
-            delta0 = cache.delta
-            with torch.no_grad(), cache.step("record"):
-                velocity(student, x, last, prompt)
-            loss = sum(fit_loss(compensation[stream](d0), d1) for stream, d0, d1 in
-                       zip(("image", "text"), delta0, cache.delta, strict=True))
+            # ---- 2a. f alone, until the cached step predicts what the full one does (deviation 9)
+            with torch.no_grad(), cache.step("full"):
+                full = velocity(student, x, last, prompt)
+            with cache.step("reuse"):
+                loss = fit_loss(velocity(student, x, last, prompt), full)
             loss.backward()
             norm = update([optimizers["compensation"]], CLIP)
             seen |= {"fit": loss.item(), "norm_f": norm}
