@@ -44,8 +44,8 @@ class Settings:
                        low=0, high=2**31 - 1)
     samples_per_prompt: int = option(32, "n, samples for each of the 24 captions", low=2, high=4096)
     batch_size: int = option(128, "images at a time; changes no picture", low=1)
-    teacher: str = option("yes", "sample the teacher's rows too: minutes on a CPU",
-                          choices=("yes", "no"))
+    teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only the "
+                          "one that Fréchet distances are taken to", choices=("yes", "alpha", "no"))
     out: str = option("results/tiny", "folder for results.json, table.md and grid.png")
     benchmark: bool = option(False, "time 28×2, two and 1.67 steps instead, in one run, and stop")
     rounds: int = option(20, "benchmark: alternated rounds, of which the median counts", low=1)
@@ -351,7 +351,7 @@ def main(argv):
 
     # ------------------------------------------------------------------ the rows
     jobs = []                                                             # (name, recipe, sampler)
-    if settings.teacher == "yes":
+    if settings.teacher != "no":
         teacher = load_transformer(preset).to(device)
         stock, own = teacher_sigmas(load_scheduler(preset)), sigma_grid(first["steps"])
         w, alpha = first["guidance"], first["alpha"]
@@ -359,7 +359,8 @@ def main(argv):
                 (f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha),
                 (f"teacher, w = {w:g} everywhere", stock, w, 1.0),
                 ("teacher, no guidance", stock, 1.0, 1.0),
-                (f"teacher at {first['steps']} steps, not distilled", own, 1.0, 1.0)):
+                (f"teacher at {first['steps']} steps, not distilled", own, 1.0, 1.0))[
+                    :1 if settings.teacher == "alpha" else None]:
             recipe = {"steps": len(sigmas) - 1, "guidance": guidance, "alpha": a, "span": None,
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             jobs.append((name, recipe, lambda x, prompt, g=(sigmas, guidance, a): sample_guided(
@@ -399,7 +400,7 @@ def main(argv):
                      "nfe_flops": passes or counts["flops_with_f"], "seconds_per_image": seconds})
         shown.append(pictures)
         measured.append(Measured(pictures, captions, features))
-    guided = measured[1] if settings.teacher == "yes" else None           # with the run's α
+    guided = measured[1] if settings.teacher != "no" else None           # with the run's α
     slowest = next((row["seconds_per_image"] for row in rows if row["nfe_blocks"] == 56), None)
     stage1 = {Path(row["recipe"]["run"]).name: i for i, row in reversed(list(enumerate(rows)))
               if row["recipe"].get("stage") == 1}              # the run's own path, its first row

@@ -47,7 +47,7 @@ class Preset:
     stage2_student_lr: float = 1e-5    # [official] for LoRA
     compensation_lr: float = 1e-3      # [official]
     discriminator_lr: float = 1e-5     # [official]
-    fit_iterations: int = 500          # [ours] f towards the true residual, before anything else
+    fit_iterations: int = 500          # [ours] the cached step towards the full one, at first
     warmup: int = 500                  # [paper, second hand]; [official] 1000
     discriminator: str = "facebook/convnextv2-base-22k-224"  # [ours] for OpenCLIP ConvNeXt-XXLarge
     picture_mean: tuple = (0.485, 0.456, 0.406)              # what that backbone was trained on

@@ -36,7 +36,8 @@ class Settings:
     lora_rank: int = option(None, "train LoRA of this rank, merged at the end [official 64]; "
                             "without it all weights", low=1, high=4096)
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
-    fit_iterations: int = option(None, "steps that fit f to the true residual first [ours]", low=0)
+    fit_iterations: int = option(None, "steps that fit f first, cached step to full step [ours]",
+                                 low=0)
     warmup: int = option(None, "iterations in which G's turns move f alone "
                          "[paper, second hand: 500]",
                          low=0)
@@ -48,6 +49,7 @@ class Settings:
     batch_size: int = option(None, "global batch [official 32]", low=1, high=65536)
     student_lr: float = option(None, "learning rate [official 1e-5, of LoRA]", above=0, high=1)
     compensation_lr: float = option(None, "of f [official 1e-3; tiny 1e-4, ours]", above=0, high=1)
+    fit_lr: float = option(1e-3, "of f during the fit [ours]", above=0, high=1)
     discriminator_lr: float = option(None, "of the heads [official 1e-5; tiny 2e-3, ours]", above=0,
                                      high=1)
     gradient_checkpointing: bool = option(False, "recompute blocks in backward: less memory, "
@@ -234,6 +236,8 @@ def main(argv):
             for p in learning[name]:
                 p.requires_grad_(name == phase or phase == "fit" and name == "compensation"
                                  or phase == "generator" and name in ("student", "compensation"))
+            for group in optimizers[name].param_groups:
+                group["lr"] = settings.fit_lr if phase == "fit" else rates[name]
 
         # ---- 1. all steps but the last: in full, no gradient; the first records Δ0
         with torch.no_grad():
