@@ -44,8 +44,9 @@ class Settings:
                        low=0, high=2**31 - 1)
     samples_per_prompt: int = option(32, "n, samples for each of the 24 captions", low=2, high=4096)
     batch_size: int = option(128, "images at a time; changes no picture", low=1)
-    teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only the "
-                          "one that Fréchet distances are taken to", choices=("yes", "alpha", "no"))
+    teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only "
+                          "the one that Fréchet distances are taken to",
+                          choices=("yes", "alpha", "no"))
     out: str = option("results/tiny", "folder for results.json, table.md and grid.png")
     benchmark: bool = option(False, "time 28×2, two and 1.67 steps instead, in one run, and stop")
     rounds: int = option(20, "benchmark: alternated rounds, of which the median counts", low=1)

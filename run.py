@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 FORMAT = 1        # [ours] version of the run folder; a newer one is refused, never guessed at
 KEEP = 2          # [ours] how many checkpoints stay on disk
@@ -133,6 +134,8 @@ def command(main):
             line, code = f"error: {error}", 2
         except KeyboardInterrupt:
             line, code = "stopped", 130
+        except SafetensorError as error:  # its I/O errors are no OSErrors
+            line, code = f"error: {error}", 1
         except OSError as error:
             line, code = f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), 1
         if "--debug" in argv:
@@ -311,7 +314,8 @@ class Run:
                 found = {Path(name).stem: load_file(folder / name) for name in state["files"]}
                 iteration, parts = int(state["iteration"]), found
                 break
-            except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError,
+                    SafetensorError) as error:
                 print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []

@@ -160,6 +160,7 @@ def load_student(folder, preset, recipe, device):
     """(transformer, f or None) of a run, finished or not:
     the result or, when that is older, the newest checkpoint."""
     from diffusers import SD3Transformer2DModel
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = Path(folder)
     checkpoints = sorted(folder.glob("checkpoint-??????"))
@@ -180,7 +181,7 @@ def load_student(folder, preset, recipe, device):
             compensation.load_state_dict(load_file(
                 (folder if finished else checkpoints[-1]) / "compensation.safetensors"))
             compensation.to(device).eval()
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: its student does not load "
                         f"({str(error).splitlines()[0][:160]})") from error
     return net.to(device).eval(), compensation

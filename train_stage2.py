@@ -293,6 +293,7 @@ def main(argv):
             run.log(done, seconds=time.perf_counter() - begun, **seen)
             bar.set_postfix({key: f"{value:.3f}" for key, value in seen.items()
                              if "norm" not in key and "updates" not in key}, refresh=False)
+            seen = {}                                           # a line holds what is new in it
         if done % settings.sample_every == 0 or end:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
                          shape, sigmas, cache)
