@@ -384,9 +384,13 @@ class Run:
         """resume() into networks and optimisers, dicts of the same names; returns the iteration."""
         iteration, parts = self.resume()
         if parts:
-            for name, net in networks.items():
-                net.load_state_dict(parts[name])
-                load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
+            try:
+                for name, net in networks.items():
+                    net.load_state_dict(parts[name])
+                    load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
+            except (RuntimeError, KeyError) as error:
+                raise UserError(f"{self.folder}: its checkpoint does not fit these networks "
+                                f"({str(error).splitlines()[0][:160]})") from error
             print(f"resuming {self.folder} after iteration {iteration}")
         return iteration
 

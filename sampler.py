@@ -184,6 +184,10 @@ def load_student(folder, preset, recipe, device):
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: its student does not load "
                         f"({str(error).splitlines()[0][:160]})") from error
+    c, (channels, *sides) = net.config, recipe["latent_shape"]
+    if channels != c.in_channels or max(sides) > c.pos_embed_max_size * c.patch_size:
+        raise UserError(f"{folder}/distill.json: latent_shape {recipe['latent_shape']} does not "
+                        f"fit its student")
     return net.to(device).eval(), compensation
 
 
