@@ -8,7 +8,7 @@ cached blocks, adds f(Δ0) in their place, and is the one that learns: student a
 against a discriminator that looks at decoded pictures (paper, Stage II and cache figure; official
 train_stage2). What it calls real are synthetic references from the same prompt and noise, so no
 outside image is needed. Iterations count optimiser steps, two of the discriminator for one of the
-generator. Before them f is fitted to the true second residual (ours: deviation 9). Dimension key:
+generator. Before them f alone is fitted to the full second step (ours: deviation 9). Dimension key:
 B batch, C latent channels, H W latent size.
 """
 
