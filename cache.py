@@ -95,7 +95,7 @@ class BlockCache:
     of Δ0.
 
     All or nothing: a bad span raises UserError before any hook is set. remove() takes every hook
-    away.
+    away. A network that is to be sharded is sharded first.
     """
 
     def __init__(self, transformer, span, compensation=None):
@@ -103,11 +103,13 @@ class BlockCache:
         text = span if isinstance(span, str) else f"{span[0]}-{span[1]}"
         self.first, self.last = parse_span(text, len(blocks))
         self.compensation, self.mode, self.delta, self.call = compensation, None, None, None
+        # prepend: before fully_shard's own hooks, which hand the blocks copies of the tagged tensor
+        before = dict(with_kwargs=True, prepend=True)
         self.hooks = [
             transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
             transformer.time_text_embed.register_forward_hook(self._tag),
-            blocks[self.first].register_forward_pre_hook(self._enter, with_kwargs=True),
-            blocks[self.last + 1].register_forward_pre_hook(self._leave, with_kwargs=True),
+            blocks[self.first].register_forward_pre_hook(self._enter, **before),
+            blocks[self.last + 1].register_forward_pre_hook(self._leave, **before),
             transformer.register_forward_hook(self._end)]
 
     def remove(self):

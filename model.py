@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from run import UserError, rng
+from run import UserError, World, rng, save_whole, whole_state
 
 HERE = Path(__file__).resolve().parent
 
@@ -95,10 +95,13 @@ def find_preset(model):
     return preset
 
 
-def check_base(preset):
+def check_base(preset, random_weights=False):
     """The transformer's config of a preset as a dict; UserError unless it is an SD3 transformer.
-    Reads only config.json, so that a misspelt name costs nothing."""
+    Reads only config.json, so that a misspelt name costs nothing; with random_weights a preset's
+    own architecture, without a download."""
     from diffusers import SD3Transformer2DModel
+    if random_weights and preset.architecture:
+        return preset.architecture
     with _hub(preset, "transformer/config.json"):
         config = SD3Transformer2DModel.load_config(preset.source, subfolder="transformer")
     if config.get("_class_name") != "SD3Transformer2DModel":
@@ -150,6 +153,43 @@ def load_transformer(preset, dtype=torch.float32, random_weights=False):
             use_safetensors=True).eval()                            # never a pickle
 
 
+def place(net, device, world):
+    """The transformer on its device, its weights spread over the processes if there are several:
+    torch's fully_shard of each block and of the rest, gathered block by block when they are used.
+
+    Optimisers and caches are made after this. On CUDA the blocks compute in bf16 and gradients are
+    summed in fp32; on the CPU all is fp32.
+    """
+    if world.size > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        how = {"mesh": init_device_mesh(device.type, (world.size,)),
+               "reshard_after_forward": True}  # the root too: what stays whole would not hear
+                                               # that a turn has changed who learns
+        if device.type == "cuda":  # velocity() casts; latents and sigmas must stay fp32 before it
+            how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
+                                                    cast_forward_inputs=False)
+        for part in (*net.transformer_blocks, net):
+            fully_shard(part, **how)
+    return net.to(device)
+
+
+def save_transformer(net, folder, half, prepare=lambda plain: plain):
+    """Writes a plain diffusers transformer folder of a network that may be sharded, in half
+    precision if so told. prepare: what else makes a bare transformer one with net's parameters.
+    All processes call it; the first one writes."""
+    from diffusers import SD3Transformer2DModel
+    state = whole_state(net)
+    if World().first:
+        with torch.device("meta"):
+            plain = prepare(SD3Transformer2DModel.from_config(net.config))
+        plain.load_state_dict(state, assign=True)
+        if net._hf_peft_config_loaded:  # LoRA becomes part of the weights
+            plain.fuse_lora()
+            plain.unload_lora()
+        save_whole(folder, (plain.half() if half else plain).save_pretrained)
+
+
 def velocity(net, x, sigma, prompt):
     """The network's velocity, fp32 [B, C, H, W], at latents x [B, C, H, W]
     and sigma (a number or [B]).
@@ -166,25 +206,41 @@ def velocity(net, x, sigma, prompt):
     return v.float()
 
 
+def vae_config(preset, random_weights=False):
+    """The VAE's config as a dict; with random_weights that of SD3's own VAE, without a download."""
+    from diffusers import AutoencoderKL
+    if random_weights and preset.architecture:
+        return dict(down_block_types=["DownEncoderBlock2D"] * 4,
+                    up_block_types=["UpDecoderBlock2D"] * 4,
+                    block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
+                    use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
+                    shift_factor=0.0609)
+    with _hub(preset, "the VAE's config"):
+        return AutoencoderKL.load_config(preset.source, subfolder="vae")
+
+
+def vae_factor(config):
+    """Pixels of a side for each latent pixel: 8 for the real models, 4 for tiny."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
 class Decoder:
     """The frozen VAE: latents [B, C, H, W] to pictures [B, 3, 8H, 8W] in [0, 1] (tiny: 4H, 4W).
     Not clamped, so that gradient flows everywhere."""
 
-    def __init__(self, preset, device, random_weights=False):
+    def __init__(self, preset, device, random_weights=False, checkpointing=False):
         from diffusers import AutoencoderKL
         if random_weights and preset.architecture:
             torch.manual_seed(0)
-            self.vae = AutoencoderKL(  # the SD3 VAE's own shape
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512),
-                layers_per_block=2, latent_channels=16, use_quant_conv=False,
-                use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
+            self.vae = AutoencoderKL.from_config(vae_config(preset, True))
         else:
             with _hub(preset, "the VAE"):
                 self.vae = AutoencoderKL.from_pretrained(
                     preset.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
         self.vae.to(device).eval().requires_grad_(False)
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        self.factor = vae_factor(self.vae.config)
 
     def __call__(self, latents):
         config = self.vae.config
@@ -202,16 +258,22 @@ class Discriminator(torch.nn.Module):
     OpenCLIP ConvNeXt-XXLarge; deviation 11.)
     """
 
-    def __init__(self, preset, seed=0, width=64):
+    def __init__(self, preset, seed=0, width=64, random_weights=False):
         super().__init__()
         from torch.nn.utils.parametrizations import spectral_norm
-        from transformers import AutoConfig, ConvNextV2Backbone
-        with _hub(preset, "the discriminator's backbone"):
-            levels = AutoConfig.from_pretrained(preset.discriminator).stage_names[1:]
-            # AutoBackbone fails on local folders; the class is named here
-            self.backbone = ConvNextV2Backbone.from_pretrained(
-                preset.discriminator, out_features=levels, dtype=torch.float32,
-                use_safetensors=True)
+        from transformers import AutoConfig, ConvNextV2Backbone, ConvNextV2Config
+        if random_weights and preset.architecture:
+            torch.manual_seed(0)
+            self.backbone = ConvNextV2Backbone(ConvNextV2Config(  # the shape of ConvNeXtV2-base
+                depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024],
+                out_features=["stage1", "stage2", "stage3", "stage4"]))
+        else:
+            with _hub(preset, "the discriminator's backbone"):
+                levels = AutoConfig.from_pretrained(preset.discriminator).stage_names[1:]
+                # AutoBackbone fails on local folders; the class is named here
+                self.backbone = ConvNextV2Backbone.from_pretrained(
+                    preset.discriminator, out_features=levels, dtype=torch.float32,
+                    use_safetensors=True)
         self.backbone.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])

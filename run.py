@@ -5,16 +5,19 @@ Nothing here knows about diffusion. A run folder holds settings.json, metrics.js
 two newest checkpoint-NNNNNN/ and, at the end, the result. Everything is safetensors or JSON;
 nothing is ever unpickled, so loading a stranger's checkpoint cannot run a stranger's code.
 
-Three mechanisms carry the robustness of the project, and each exists once:
+Four mechanisms carry the robustness of the project, and each exists once:
   parse_settings   the only place where the command line is read and checked
   save_whole       the only way a folder is written: temporary name, fsync, rename
   Run.resume       the only reader of checkpoints: checks the hashes, falls back to the one before
+  World            the only place where the processes of torchrun speak with each other
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -116,9 +119,11 @@ def parse_settings(cls, argv=None, prog=None, description=None):
     return cls(**values)
 
 
-def command(main):
+def command(main, several=False):
     """Decorates a script's main(argv):
     user mistakes become one line and exit code 2, never a traceback.
+
+    several: it may be started by torchrun; only the first of the processes prints.
 
     Ctrl-C and SIGTERM reach the training loops through Run.interrupted; anywhere else they leave
     with 130. A full disk or a folder that cannot be written is one line and exit code 1.
@@ -127,9 +132,12 @@ def command(main):
         argv = sys.argv[1:] if argv is None else argv
         quiet()
         try:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise UserError("several processes (torchrun) are not supported yet; run one")
-            return main(argv)
+            if processes() > 1 and not several:
+                raise UserError("torchrun is for train_stage1.py and train_stage2.py; run this "
+                                "in one process")
+            first = int(os.environ.get("RANK", 0)) == 0
+            with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
+                return main(argv)
         except UserError as error:
             line, code = f"error: {error}", 2
         except KeyboardInterrupt:
@@ -167,6 +175,74 @@ def rng(seed, *key):
     words = [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:4], "big") for k in key]
     state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
+
+
+# ----------------------------------------------------------------------------- several processes
+
+def processes():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_batch(settings):
+    """UserError unless every micro-batch of every process has the same size: the mean of their
+    means is the mean of the batch only then."""
+    parts = processes() * settings.accumulation
+    if settings.batch_size % parts:
+        raise UserError(f"--batch-size {settings.batch_size} is not a multiple of --accumulation "
+                        f"{settings.accumulation}" + (f" times {processes()} processes"
+                                                      if processes() > 1 else ""))
+
+
+class World:
+    """The processes of this run: those that torchrun started, or this one alone.
+
+    All of them draw the same global batch and keep their share of it, so that any number of
+    processes computes the same gradients. All make the same calls in the same order: a forward of a
+    sharded network, or a method below, that one of them leaves out hangs the others.
+    """
+
+    def __init__(self, device="cpu"):
+        import torch
+        import torch.distributed as dist
+        self.device, self.dist = torch.device(device), dist
+        if processes() > 1 and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.first = self.rank == 0     # it writes and prints for all
+
+    def share(self, batch):
+        """This process's part of a global batch, a tensor or a list."""
+        size = len(batch) // self.size
+        return batch[self.rank * size:(self.rank + 1) * size]
+
+    def gather(self, part):
+        """The tensors `part` [B, ...] of all processes, one after the other, on the CPU."""
+        import torch
+        if self.size == 1:
+            return part.cpu()
+        parts = [torch.empty_like(part, device=self.device) for _ in range(self.size)]
+        self.dist.all_gather(parts, part.to(self.device).contiguous())
+        return torch.cat(parts).cpu()
+
+    def mean(self, values):
+        """{name: number} with the means over the processes; those without a value do not count."""
+        import torch
+        rows = self.gather(torch.tensor([[float(value) for value in values.values()]]))
+        return dict(zip(values, rows.nanmean(0).tolist(), strict=True))
+
+    def any(self, flag):
+        """Whether flag is set in any process."""
+        import torch
+        return bool(self.gather(torch.tensor([int(flag)])).any())
+
+    def wait(self):
+        """Goes on when all processes are here."""
+        self.any(False)
 
 
 # ----------------------------------------------------------------------------- writing and reading
@@ -252,14 +328,15 @@ def versions():
 
 
 class Run:
-    """A run folder. Open it, resume(), then log() and checkpoint() from the loop.
+    """A run folder. Open it, resume(), then log() and checkpoint() from the loop. All processes
+    call every method; the first one writes.
 
     settings is a dict of plain values. A folder that holds another run's settings is refused unless
     overwrite is set; a folder that is not a run folder is never touched.
     """
 
-    def __init__(self, folder, settings, overwrite=False):
-        self.folder, self.settings = Path(folder), settings
+    def __init__(self, folder, settings, overwrite=False, world=None):
+        self.folder, self.settings, self.world = Path(folder), settings, world or World()
         self.interrupted = False
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; give --out a folder")
@@ -297,13 +374,17 @@ class Run:
         the checkpoint are dropped, so that metrics.jsonl tells one uninterrupted story.
         """
         from safetensors.torch import load_file
-        if self.replace:  # only now, when all that may fail has been loaded
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # first of all, so that a kill leaves nothing that looks like somebody else's folder
-        write_json(self.folder / "settings.json",
-                   {"format": FORMAT, "settings": self.settings, "versions": versions()})
-        (self.folder / "samples").mkdir(exist_ok=True)
+        self.world.wait()  # until all have read the folder
+        if self.world.first:
+            if self.replace:  # only now, when all that may fail has been loaded
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # first of all, so that a kill leaves nothing that looks like somebody else's folder
+            write_json(self.folder / "settings.json",
+                       {"format": FORMAT, "settings": self.settings,
+                        "versions": versions() | {"processes": self.world.size}})
+            (self.folder / "samples").mkdir(exist_ok=True)
+        self.world.wait()
         iteration, parts = 0, None
         for folder in reversed(self.checkpoints()):
             try:
@@ -316,7 +397,14 @@ class Run:
                 break
             except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError,
                     SafetensorError) as error:
-                print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
+                if self.world.first:
+                    print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
+        self._catch_signals()
+        if self.world.first:
+            self._cut_metrics(iteration)
+        return iteration, parts
+
+    def _cut_metrics(self, iteration):
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         keep = []
@@ -325,8 +413,6 @@ class Run:
                 if json.loads(line)["iteration"] <= iteration:
                     keep.append(line)
         write_text(path, "".join(keep))
-        self._catch_signals()
-        return iteration, parts
 
     def _catch_signals(self):
         """Ctrl-C and SIGTERM set .interrupted;
@@ -340,14 +426,16 @@ class Run:
                 signal.signal(number, handler)
 
     def log(self, iteration, **values):
-        """Appends one line to metrics.jsonl.
+        """Appends one line to metrics.jsonl, means over the processes, and returns them.
         Values that are not finite become null: JSON has no NaN."""
-        line = {"iteration": iteration}
+        line, values = {"iteration": iteration}, self.world.mean(values)
         for key, value in values.items():
-            value = float(value)
             line[key] = round(value, 6) if math.isfinite(value) else None
+        if not self.world.first:
+            return values
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        return values
 
     def checkpoint(self, iteration, parts):
         """Saves {part: {name: tensor}} as checkpoint-NNNNNN/ and removes all but the newest two."""
@@ -361,9 +449,11 @@ class Run:
             write_json(folder / "state.json",
                        {"format": FORMAT, "iteration": iteration, "files": files})
 
-        save_whole(self.folder / f"checkpoint-{iteration:06d}", write)
-        for old in self.checkpoints()[:-KEEP]:
-            shutil.rmtree(old)
+        if self.world.first:
+            save_whole(self.folder / f"checkpoint-{iteration:06d}", write)
+            for old in self.checkpoints()[:-KEEP]:
+                shutil.rmtree(old)
+        self.world.wait()
 
     def finished(self, total):
         """True, and says so, when the result has `total` iterations; UserError when it has passed
@@ -381,12 +471,16 @@ class Run:
         return False
 
     def restore(self, networks, optimizers):
-        """resume() into networks and optimisers, dicts of the same names; returns the iteration."""
+        """resume() into networks and optimisers, dicts of the same names; returns the iteration.
+        A sharded network takes its part of each tensor: any number of processes may have saved it.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         iteration, parts = self.resume()
         if parts:
             try:
                 for name, net in networks.items():
-                    net.load_state_dict(parts[name])
+                    set_model_state_dict(net, parts[name],
+                                         options=StateDictOptions(full_state_dict=True))
                     load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
             except (RuntimeError, KeyError) as error:
                 raise UserError(f"{self.folder}: its checkpoint does not fit these networks "
@@ -395,8 +489,8 @@ class Run:
         return iteration
 
     def save(self, iteration, networks, optimizers):
-        """checkpoint() of what restore() puts back."""
-        self.checkpoint(iteration, {name: net.state_dict() for name, net in networks.items()} | {
+        """checkpoint() of what restore() puts back, sharded tensors made whole."""
+        self.checkpoint(iteration, {name: whole_state(net) for name, net in networks.items()} | {
             f"{name}_optimizer": optimizer_tensors(net, optimizers[name])
             for name, net in networks.items()})
 
@@ -405,16 +499,30 @@ class Run:
 
 def update(optimizers, max_norm=math.inf):
     """Clips the gradients of all `optimizers` jointly, steps and clears them; returns the norm.
-    A norm that is not finite changes no weight."""
+    A norm that is not finite changes no weight.
+
+    Sharded gradients come averaged over the processes; those of the small networks that every
+    process holds whole (f, the discriminator's heads) are averaged here.
+    """
     import torch
-    parameters = [p for optimizer in optimizers
-                  for g in optimizer.param_groups for p in g["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    from torch.distributed.tensor import DTensor
+    world, grads = World(), [p.grad for optimizer in optimizers for g in optimizer.param_groups
+                             for p in g["params"] if p.grad is not None]
+    sharded = [grad for grad in grads if isinstance(grad, DTensor)]
+    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    for grad in whole if world.size > 1 else ():
+        world.dist.all_reduce(grad.div_(world.size))
+    norms = [torch.nn.utils.get_total_norm(part) for part in (whole, sharded) if part]
+    norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+    norm = torch.stack(norms).norm() if len(norms) == 2 else norms[0]
+    shrink = (max_norm / (norm + 1e-6)).clamp(max=1).item()  # as torch's clip_grad_norm_
+    for grad in grads:
+        grad.mul_(shrink)
     for optimizer in optimizers:
         if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm.item()
 
 
 class Patience:
@@ -428,7 +536,7 @@ class Patience:
         """norms: {network: gradient norm} of this iteration; sigma: what levels it was at."""
         wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
         self.bad = self.bad + 1 if wrong else 0
-        if wrong:
+        if wrong and self.run.world.first:
             print(f"iteration {iteration}: the gradient of {', '.join(wrong)} is not finite "
                   f"{sigma}; its update was skipped", file=sys.stderr)
         if self.bad >= self.limit:
@@ -436,16 +544,39 @@ class Patience:
                             f"checkpoint in {self.run.folder} is sound")
 
 
+def whole_state(net):
+    """The network's state, {name: whole tensor on the CPU}; empty but in the first process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True,
+                                                              cpu_offload=True))
+
+
+# Not torch's state-dict helpers for optimisers: they step an optimiser that has no state yet, so
+# that its first real step would count as the second one.
+
 def optimizer_tensors(model, optimizer):
-    """The optimiser's state as {"parameter.slot": tensor}: no pickle, and no order to rely on."""
-    return {f"{name}.{slot}": value for name, parameter in model.named_parameters()
-            for slot, value in optimizer.state.get(parameter, {}).items()}
+    """The optimiser's state as {"parameter.slot": whole tensor on the CPU}: no pickle, and no order
+    to rely on. Empty but in the first process."""
+    from torch.distributed.tensor import DTensor
+    tensors, first = {}, World().first
+    for name, parameter in model.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if first:
+                tensors[f"{name}.{slot}"] = value.cpu()
+    return tensors
 
 
 def load_optimizer(model, optimizer, tensors):
     """Puts back what optimizer_tensors saved.
     Learning rates and betas come from the settings, not the file."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
     named = dict(model.named_parameters())
     for key, value in tensors.items():
         name, slot = key.rsplit(".", 1)
-        optimizer.state[named[name]][slot] = value.to(named[name].device, copy=True)
+        parameter = named[name]
+        value = value.to(parameter.device, copy=True)
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements,
+                                      src_data_rank=None)   # all have read it: nothing is sent
+        optimizer.state[parameter][slot] = value

@@ -24,7 +24,7 @@ from cache import BlockCache, make_compensation, nfe, parse_span
 from losses import euler, guide, shift_sigma
 from model import (PRESETS, Decoder, PromptBook, check_base, choose_prompts, find_preset,
                    pick_device, save_pictures, velocity, warn_unknown_words)
-from run import FORMAT, UserError, command, option, parse_settings, read_json, rng
+from run import FORMAT, UserError, World, command, option, parse_settings, read_json, rng
 
 TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 
@@ -120,9 +120,9 @@ def recipe_of(preset, stage, steps, alpha, guidance, shape, pixels=None, random_
                       f"guidance_scale=1.0, max_sequence_length={preset.text_length}{size})"}
 
 
-def read_recipe(folder):
-    """The checked distill.json of a run folder;
-    UserError when it is missing, foreign or nonsense."""
+def read_recipe(folder, random_weights=False):
+    """The checked distill.json of a run folder; UserError when it is missing, foreign or nonsense,
+    or, unless random_weights, of a run that only tried a machine."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}; "
@@ -145,7 +145,7 @@ def read_recipe(folder):
                         "0 and 1, or guidance not between 1 and 100")
     if recipe.get("cached_blocks"):
         parse_span(recipe["cached_blocks"], 10_000)         # its form; BlockCache knows the model
-    if recipe.get("random_weights"):
+    if recipe.get("random_weights") and not random_weights:
         raise UserError(f"{folder} was made with --random-weights, to try a machine: "
                         "there is nothing to see in it")
     shape = recipe.get("latent_shape")
@@ -174,7 +174,8 @@ def load_student(folder, preset, recipe, device):
             net = SD3Transformer2DModel.from_pretrained(
                 folder / "student", torch_dtype=torch.float32, use_safetensors=True)
         else:
-            net = SD3Transformer2DModel.from_config(check_base(preset))
+            net = SD3Transformer2DModel.from_config(
+                check_base(preset, recipe.get("random_weights")))
             net.load_state_dict(load_file(checkpoints[-1] / "student.safetensors"))
         if recipe["cached_blocks"] and recipe.get("compensation", True):
             compensation = make_compensation(net.inner_dim)
@@ -200,7 +201,7 @@ class Gallery:
         self.prompts = [prompts[j] for j in order[:self.size]]
 
     def save(self, path, student, book, decode, shape, sigmas, cache=None):
-        """Samples the grid and writes it to path."""
+        """Samples the grid and writes it to path. All processes call it; the first one writes."""
         pictures = []
         with torch.no_grad():
             for row, prompt in enumerate(self.prompts):
@@ -208,7 +209,8 @@ class Gallery:
                 noise = image_noise(42, indices, shape).to(book.device)
                 latents = roll_out(student, noise, book.of([prompt] * self.size), sigmas, cache)[0]
                 pictures += [decode(one).cpu() for one in latents[-1].split(1)]
-        save_pictures(torch.cat(pictures), path, self.size)
+        if World().first:
+            save_pictures(torch.cat(pictures), path, self.size)
 
 
 # ----------------------------------------------------------------------------- NFE meter

@@ -6,6 +6,7 @@ would catch.
 
 import ast
 import contextlib
+import dataclasses
 import inspect
 import json
 import math
@@ -656,6 +657,21 @@ def test_saving_memory_changes_no_gradient(extra, tmp_path, finished):
         assert saving[key] == pytest.approx(plain[key], rel=1e-3)
 
 
+def test_accumulation_changes_no_gradient_of_stage2(finished, finished2, tmp_path, monkeypatch):
+    """Every turn's loss and gradient norm, and D's count, as in the plain run; nor does
+    checkpointing, of the VAE too."""
+    monkeypatch.setattr(train_stage2, "D_ONLY", 2)
+    train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1", "--iterations",
+                       "4", "--out", str(tmp_path / "x"), "--accumulation", "2",
+                       "--gradient-checkpointing"])
+    plain, saving = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+                     for f in (finished2, tmp_path / "x"))
+    for a, b in zip(plain, saving, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), key
+
+
 @pytest.mark.parametrize("extra", [
     ["--steps", "4", "--alpha", "1.0"], ["--form", "x0", "--importance", "paper"],
     ["--normaliser", "column", "--distance", "huber", "--steps", "1"]])
@@ -802,6 +818,27 @@ def test_checkpointing_gives_the_cached_step_the_same_gradients():
         for p, q in zip(one.parameters(), other.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None)
             assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name, billions, blocks, width, norms, dual, side", [
+    ("sd3-medium", 2.028, 24, 1536, 0, 0, 192),
+    ("sd3.5-medium", 2.243, 24, 1536, 4, 13, 384),
+    ("sd3.5-large", 8.057, 38, 2432, 4, 0, 192)])
+def test_presets_have_the_published_architecture(name, billions, blocks, width, norms, dual, side):
+    """Parameters, blocks, width, qk-norm, dual attention, largest latent side, all from the built
+    network; catches a preset that some default fills in differently."""
+    from diffusers import SD3Transformer2DModel
+    with torch.device("meta"):
+        net = SD3Transformer2DModel(**model.PRESETS[name].architecture)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(billions * 1e9, rel=5e-4)
+    assert (len(net.transformer_blocks), net.inner_dim) == (blocks, width)
+    attention = net.transformer_blocks[0].attn
+    assert sum(getattr(attention, key) is not None for key in (
+        "norm_q", "norm_k", "norm_added_q", "norm_added_k")) == norms
+    assert [block.attn2 is not None for block in net.transformer_blocks] == (
+        [True] * dual + [False] * (blocks - dual))
+    assert net.pos_embed.pos_embed.shape == (1, side ** 2, width)
+    assert (net.config.sample_size, net.config.in_channels, net.config.patch_size) == (128, 16, 2)
 
 
 @pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
@@ -976,6 +1013,108 @@ def test_adversarial_losses_are_the_official_ones():
     assert losses.generator_loss(fake).item() == pytest.approx(bce(-1, 0.8) + bce(0, 0.8), rel=1e-5)
 
 
+# ----------------------------------------------------------------------------- several processes
+
+def trained(base, out, init, more=()):
+    """Both stages on the pipeline folder `base`, and out/STAGE-N.safetensors: the gradients of each
+    update, averaged and clipped. In one process, or in each one of torchrun."""
+    from safetensors.torch import save_file
+    from torch.distributed.tensor import DTensor
+
+    def spy(stage):
+        updates = []
+
+        def wrapped(optimizers, max_norm=math.inf):
+            grads = [p.grad for o in optimizers for g in o.param_groups for p in g["params"]]
+            norm = run.update(optimizers, max_norm)
+            whole = {str(i): (g.full_tensor() if isinstance(g, DTensor) else g).contiguous()
+                     for i, g in enumerate(grads) if g is not None}
+            if run.World().first:
+                save_file(whole, out / f"{stage}-{len(updates)}.safetensors")
+            updates.append(len(whole))
+            return norm
+        return wrapped
+    out.mkdir(exist_ok=True)
+    found = dataclasses.replace(model.find_preset(str(base)), discriminator=TINY.discriminator)
+    common = ["--model", str(base), "--batch-size", "4", "--log-every", "1", "--sample-every", "9",
+              "--checkpoint-every", "1", *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "find_preset", lambda name: found)
+        patch.setattr(train_stage2, "D_ONLY", 0)                # turns: fit, G, D
+        patch.setattr(train_stage1, "update", spy("stage1"))
+        patch.setattr(train_stage2, "update", spy("stage2"))
+        train_stage1.main([*common, "--iterations", "2", "--out", str(out / "stage1")])
+        train_stage2.main([
+            *common, "--init", str(init / "stage1"), "--out", str(out / "stage2"),
+            "--cached-blocks", "0-0", "--references", "4", "--warmup", "0",
+            "--fit-iterations", "1", "--iterations", "2", "--compensation-lr", "1e-3"])
+
+
+def unfinished(source, target):
+    """A copy of trained()'s runs as they were before their last iteration."""
+    shutil.copytree(source, target)
+    for stage, newest in (("stage1", 2), ("stage2", 3)):
+        shutil.rmtree(target / stage / f"checkpoint-{newest:06d}")
+        shutil.rmtree(target / stage / "student")
+        recipe = json.loads((target / stage / "distill.json").read_text())
+        run.write_json(target / stage / "distill.json", recipe | {"iteration": 0})
+
+
+@pytest.fixture(scope="session")
+def one_and_two(small_sd3, tmp_path_factory):
+    """A folder of the same runs: "one" by one process, "two" by two, "one-two" begun by one and
+    ended by two, "two-one" the other way round."""
+    folder = tmp_path_factory.mktemp("processes")
+    trained(small_sd3, folder / "one", folder / "one")
+    unfinished(folder / "one", folder / "one-two")
+    script = folder / "two.py"
+    script.write_text(
+        "import pathlib, test_all\n"
+        f"base, folder = pathlib.Path({str(small_sd3)!r}), pathlib.Path({str(folder)!r})\n"
+        "for name in ('two', 'one-two'):\n"
+        "    test_all.trained(base, folder / name, folder / 'one')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("look at") == 4, "only the first process prints"
+    unfinished(folder / "two", folder / "two-one")
+    trained(small_sd3, folder / "two-one", folder / "one")
+    return folder
+
+
+@pytest.mark.parametrize("update", ["stage1-0", "stage1-1", "stage2-0", "stage2-1", "stage2-2"])
+def test_two_processes_give_the_gradients_of_one(update, one_and_two):
+    """Fake score, student; f, generator, discriminator. Catches a batch that is not sliced, a loss
+    that is summed, small networks whose gradients nobody averages."""
+    from safetensors.torch import load_file
+    one, two = (load_file(one_and_two / name / f"{update}.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        scale = one[key].abs().max()
+        assert torch.allclose(two[key], one[key], atol=1e-3 * scale + 1e-7), key
+
+
+@pytest.mark.parametrize("name", ["two", "one-two", "two-one"])
+def test_a_run_goes_on_under_another_number_of_processes(name, one_and_two):
+    """Every line of the metrics is the same, and the weights but for Adam's amplified noise:
+    with β1 = 0 its first steps are nearly the gradient's sign."""
+    for stage in ("stage1", "stage2"):
+        lines, same = ([json.loads(line) for line in
+                        (one_and_two / who / stage / "metrics.jsonl").read_text().splitlines()]
+                       for who in ("one", name))
+        assert len(lines) == len(same)
+        for a, b in zip(lines, same, strict=True):
+            for key in a.keys() - {"seconds"}:
+                assert b[key] == (a[key] and pytest.approx(a[key], rel=1e-2, abs=1e-4)), key
+        before, after = weights(one_and_two / "one" / stage), weights(one_and_two / name / stage)
+        assert before.keys() == after.keys()
+        for key in before:
+            moved = (after[key] - before[key]).float().abs()
+            assert moved.mean() < 2e-6 and moved.max() < 1e-3, key
+
+
 # ----------------------------------------------------------------------------- commands
 
 def test_sampler_makes_a_grid_from_a_run_that_is_not_finished(finished, tmp_path, capsys):
@@ -1146,13 +1285,6 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tm
     assert {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))} == before
 
 
-def test_several_processes_are_refused_rather_than_mixed_up(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        train_stage1.main(["--dry-run"])
-    assert "not supported yet" in capsys.readouterr().err
-
-
 def test_random_weights_are_for_trying_a_machine_only(small_sd3, tmp_path, capsys):
     out = tmp_path / "random"
     train_stage1.main([*SMALL, "--model", str(small_sd3), "--random-weights", "--resolution", "32",
@@ -1160,6 +1292,29 @@ def test_random_weights_are_for_trying_a_machine_only(small_sd3, tmp_path, capsy
     with pytest.raises(SystemExit):
         sampler.main(["--checkpoint", str(out)])
     assert "was made with --random-weights" in capsys.readouterr().err
+
+
+def test_stage2_of_random_weights_takes_a_stage1_of_random_weights(small_sd3, tmp_path,
+                                                                   monkeypatch, capsys):
+    """Without any weights on the disk: a small architecture in place of the preset's."""
+    shape = dict(sample_size=4, num_layers=3, num_attention_heads=2, attention_head_dim=8,
+                 caption_projection_dim=16)
+    small = dataclasses.replace(model.PRESETS["sd3-medium"], fit_iterations=0, warmup=0,
+                                architecture={**model.PRESETS["sd3-medium"].architecture, **shape})
+    monkeypatch.setitem(model.PRESETS, "sd3-medium", small)
+    monkeypatch.setattr(train_stage2, "D_ONLY", 0)
+    common = ["--model", "sd3-medium", "--random-weights", "--batch-size", "1", "--sample-every",
+              "9", "--iterations", "1"]
+    monkeypatch.setattr(sampler.Gallery, "save", lambda *a, **k: None)
+    train_stage1.main([*common, "--out", str(tmp_path / "one")])
+    monkeypatch.setattr(sampler, "TEACHER_STEPS", 2)
+    train_stage2.main([*common, "--init", str(tmp_path / "one"), "--references", "1",
+                       "--cached-blocks", "0-1", "--out", str(tmp_path / "two")])
+    line = json.loads((tmp_path / "two" / "metrics.jsonl").read_text())
+    assert math.isfinite(line["loss_g"]) and line["norm_g"] > 0
+    with pytest.raises(SystemExit):
+        train_stage2.main(["--model", "sd3-medium", "--init", str(tmp_path / "one")])
+    assert "error" in capsys.readouterr().err
 
 
 def test_other_settings_in_the_same_folder_are_named_and_refused(finished, capsys):

@@ -3,6 +3,7 @@ whose teacher guidance is off at high noise.
 
     python train_stage1.py                         # the miniature world, minutes on a laptop CPU
     python train_stage1.py --model sd3-medium      # the same code on a real model
+    torchrun --nproc-per-node 8 train_stage1.py --model sd3.5-large
 
 Three networks start from the base model: the frozen teacher, the student, and the fake score, which
 follows the student's own distribution. Each iteration (paper, Stage I; official trajectory-window
@@ -20,8 +21,10 @@ import dataclasses
 import hashlib
 import time
 
-from run import (Patience, Run, UserError, command, option, parse_settings, rng, save_whole, update,
-                 write_json)
+from functools import partial
+
+from run import (Patience, Run, UserError, World, check_batch, command, option, parse_settings, rng,
+                 update, write_json)
 
 
 @dataclasses.dataclass
@@ -88,13 +91,11 @@ def resolve(settings):
         if getattr(settings, field.name) is None and hasattr(preset, field.name):
             setattr(settings, field.name, getattr(preset, field.name))
     settings.out = settings.out or f"runs/{settings.model.strip('/').split('/')[-1]}-stage1"
-    if settings.batch_size % settings.accumulation:
-        raise UserError(f"--batch-size {settings.batch_size} is not a multiple of "
-                        f"--accumulation {settings.accumulation}")
+    check_batch(settings)
     return settings, preset
 
 
-@command
+@partial(command, several=True)
 def main(argv):
     settings, preset = resolve(
         parse_settings(Settings, argv, "train_stage1.py", __doc__.split("\n\n")[0]))
@@ -104,33 +105,36 @@ def main(argv):
     from losses import (dmd_loss, draw_sigma, euler, fake_score_loss, guide, importance_curve,
                         renoise, window, x0_from_velocity)
     from model import (Decoder, PromptBook, check_base, choose_prompts, load_transformer,
-                       pick_device, velocity)
+                       pick_device, place, save_transformer, vae_config, vae_factor, velocity)
     from sampler import Gallery, recipe_of, roll_out, sigma_grid
 
     # ================================================================== set up
     device = pick_device(settings.device)
     prompts = choose_prompts(preset, settings.prompts)
-    config = (preset.architecture if settings.random_weights and preset.architecture
-              else check_base(preset))
+    offline = settings.random_weights or settings.dry_run       # real weights cannot be had
+    config = check_base(preset, offline)
+    factor = vae_factor(vae_config(preset, offline))
     resolved = dataclasses.asdict(settings)
     print("\n".join(f"  {key:24}{value}" for key, value in resolved.items()))
-    largest = 16 * config["pos_embed_max_size"] if preset.captions != "tiny" else 64
-    if settings.resolution and (settings.resolution % 16 or settings.resolution > largest):
-        raise UserError(f"--resolution {settings.resolution} is not a multiple of 16 up to "
+    unit = factor * config["patch_size"]                        # pixels of an image token's side
+    largest = unit * config["pos_embed_max_size"]
+    if settings.resolution and (settings.resolution % unit or settings.resolution > largest):
+        raise UserError(f"--resolution {settings.resolution} is not a multiple of {unit} up to "
                         f"{largest}")
     if settings.dry_run:
         return
     resolved["device"] = str(device)
     resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    run = Run(settings.out, resolved, settings.overwrite)
+    world = World(device)
+    run = Run(settings.out, resolved, settings.overwrite, world)
     if run.finished(settings.iterations):
         return
 
     frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
-    teacher = load_transformer(
-        preset, frozen, settings.random_weights).to(device).requires_grad_(False)
-    student = load_transformer(preset, torch.float32, settings.random_weights).to(device)
-    fake_score = load_transformer(preset, torch.float32, settings.random_weights).to(device)
+    teacher, student, fake_score = (
+        place(load_transformer(preset, dtype, settings.random_weights), device, world)
+        for dtype in (frozen, torch.float32, torch.float32))
+    teacher.requires_grad_(False)
     decode = Decoder(preset, device, settings.random_weights)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -144,18 +148,18 @@ def main(argv):
     start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
     B, N = settings.batch_size, settings.steps
-    side = settings.resolution // decode.factor if settings.resolution else config["sample_size"]
+    side = settings.resolution // factor if settings.resolution else config["sample_size"]
     shape = (config["in_channels"], side, side)                           # C, H, W
     recipe = recipe_of(preset, 1, N, settings.alpha, settings.guidance, shape, settings.resolution,
                        settings.random_weights)
-    if not recipe_file.exists():
+    if world.first and not recipe_file.exists():
         write_json(recipe_file, recipe)
     sigmas = sigma_grid(N)                                                # N + 1 levels, 1 … 0
     curves = {"fake": importance_curve("uniform"), "student": importance_curve(settings.importance)}
 
-    def drawn_prompts(i):
-        return [prompts[j] for j in
-                torch.randint(len(prompts), (B,), generator=rng(settings.seed, i, "prompts"))]
+    def drawn_prompts(i):                                       # this process's share of B
+        return world.share([prompts[j] for j in torch.randint(
+            len(prompts), (B,), generator=rng(settings.seed, i, "prompts"))])
 
     gallery = Gallery(preset, prompts)
     book = PromptBook(preset, device, drawn_prompts, settings.iterations, keep=gallery.prompts,
@@ -164,9 +168,10 @@ def main(argv):
     # ================================================================== train
     begun, patience = time.perf_counter(), Patience(run)
     bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
-               desc="stage 1")
+               desc="stage 1", disable=not world.first)
     for i in bar:
-        # Everything random of this iteration, for the whole batch, from (seed, i) alone.
+        # Everything random of this iteration, for the whole batch, from (seed, i) alone;
+        # each process keeps its share of it, in micro-batches.
         g = rng(settings.seed, i, "train")
         draws = {"noise": torch.randn(B, *shape, generator=g)}
         for who in ("fake", "student"):                         # drawn independently [official]
@@ -176,11 +181,12 @@ def main(argv):
                       f"sigma_{who}": draw_sigma(torch.rand(B, generator=g), high, low,
                                                  curves[who]),
                       f"noise_{who}": torch.randn(B, *shape, generator=g)}
+        draws = {key: world.share(value) for key, value in draws.items()}
         draws["embeds"], draws["pooled"] = book(i)
         micros = [dict(zip(draws, part, strict=True)) for part in
                   zip(*(value.to(device).chunk(settings.accumulation) for value in draws.values()),
                       strict=True)]
-        each = torch.arange(B // settings.accumulation, device=device)
+        each = torch.arange(len(micros[0]["noise"]), device=device)
 
         # ---- 1. roll out: the student's own path, without gradient (paper, Stage I)
         with torch.no_grad():
@@ -225,14 +231,14 @@ def main(argv):
         norm_student = update([optimizers["student"]], CLIP_STUDENT)
 
         # ================================================================== log, show, save
-        done, last = i + 1, i + 1 == settings.iterations
+        done, last, stop = i + 1, i + 1 == settings.iterations, world.any(run.interrupted)
         patience.check(done, {"fake_score": norm_fake, "student": norm_student}, ", ".join(
             f"sigma of the {who} {draws[f'sigma_{who}'].min():.3f}…"
             f"{draws[f'sigma_{who}'].max():.3f}"
             for who in ("fake", "student")))
         if done % settings.log_every == 0 or last:
-            gap, sigma = (torch.cat([m[key] for m in micros]) for key in ("gap", "sigma_student"))
-            x0 = torch.cat([m["x"][-1] for m in micros])
+            gap, sigma, x0 = (world.gather(torch.cat(part)) for part in zip(
+                *((m["gap"], m["sigma_student"], m["x"][-1]) for m in micros), strict=True))
             metrics = {"loss_fake": sum(m["loss_fake"].item() for m in micros) / len(micros),
                        "loss_student": sum(m["loss_student"].item() for m in micros) / len(micros),
                        "grad_norm_fake": norm_fake, "grad_norm_student": norm_student,
@@ -242,24 +248,24 @@ def main(argv):
                        "x0_mean": x0.mean(), "x0_std": x0.std(),
                        "saturation": (x0.abs() > 4).float().mean(),
                        "diversity": x0.std(0).mean(), "seconds": time.perf_counter() - begun}
-            run.log(done, **metrics)
+            metrics = run.log(done, **metrics)
             bar.set_postfix(fake=f"{metrics['loss_fake']:.3f}", gap=f"{gap.mean():.3f}",
                             std=f"{metrics['x0_std']:.2f}", grad=f"{norm_student:.2f}",
                             refresh=False)
         if done % settings.sample_every == 0 or last:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
                          shape, sigmas)
-        if done % settings.checkpoint_every == 0 or last or run.interrupted:
+        if done % settings.checkpoint_every == 0 or last or stop:
             run.save(done, networks, optimizers)
-        if run.interrupted and not last:
+        if stop and not last:
             bar.close()
             print(f"stopped after iteration {done}, saved; type the same command again to go on")
             raise SystemExit(130)
 
     # ================================================================== the result
-    half = student if preset.captions == "tiny" else student.half()
-    save_whole(run.folder / "student", half.save_pretrained)
-    write_json(recipe_file, recipe | {"iteration": settings.iterations})
+    save_transformer(student, run.folder / "student", half=preset.captions != "tiny")
+    if world.first:
+        write_json(recipe_file, recipe | {"iteration": settings.iterations})
     print(f"{run.folder}/student: {N} steps, {time.perf_counter() - begun:.0f} s; look at "
           f"{run.folder}/samples/step_{settings.iterations:06d}.png")
 

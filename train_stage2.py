@@ -17,8 +17,10 @@ import dataclasses
 import hashlib
 import time
 
-from run import (Patience, Run, UserError, command, option, parse_settings, rng, save_whole, update,
-                 write_json)
+from functools import partial
+
+from run import (Patience, Run, UserError, World, check_batch, command, option, parse_settings,
+                 processes, rng, save_whole, update, write_json)
 
 
 @dataclasses.dataclass
@@ -30,6 +32,8 @@ class Settings:
                             "[ours], or a Stage I run with more steps [official: 4]")
     out: str = option(None, "run folder (default: runs/MODEL-stage2)")
     prompts: str = option(None, "file of prompts; without it as in Stage I")
+    random_weights: bool = option(False, "build the base model and the discriminator's backbone "
+                                  "without their weights, to try a machine")
     # the method
     cached_blocks: str = option(None, "span of skipped blocks, first-last, or none [official 2-7: "
                                 "1.75 NFE; ours 2-9: 1.67]")
@@ -47,13 +51,15 @@ class Settings:
     iterations: int = option(None, "optimiser steps, D and G together, after the fit "
                              "[official 4000]", low=0, high=999_999)
     batch_size: int = option(None, "global batch [official 32]", low=1, high=65536)
+    accumulation: int = option(1, "micro-batches one after the other, to save memory",
+                               low=1, high=65536)
     student_lr: float = option(None, "learning rate [official 1e-5, of LoRA]", above=0, high=1)
     compensation_lr: float = option(None, "of f [official 1e-3; tiny 1e-4, ours]", above=0, high=1)
     fit_lr: float = option(1e-3, "of f during the fit [ours]", above=0, high=1)
     discriminator_lr: float = option(None, "of the heads [official 1e-5; tiny 2e-3, ours]", above=0,
                                      high=1)
-    gradient_checkpointing: bool = option(False, "recompute blocks in backward: less memory, "
-                                          "more time")
+    gradient_checkpointing: bool = option(False, "recompute blocks, of the VAE too, in "
+                                          "backward: less memory, more time")
     seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
     # the run
     checkpoint_every: int = option(100, "iterations between checkpoints [official 100]", low=1)
@@ -69,6 +75,7 @@ BETAS = (0.9, 0.95)                     # [official] all three; [paper, second h
 WEIGHT_DECAY = 1e-4                     # [official]
 CLIP = 2.0                              # [official] student and f jointly; D is not clipped
 D_ONLY, D_PER_G = 50, 2                 # [official] discriminator alone at first, then 2 D : 1 G
+LOGGED = {"fit": ("fit",), "discriminator": ("loss_d", "d_ranks"), "generator": ("loss_g",)}
 
 
 def resolve(settings):
@@ -84,6 +91,10 @@ def resolve(settings):
     settings.out = settings.out or f"runs/{short}-stage2"
     if settings.cached_blocks == "none" or settings.no_compensation:
         settings.fit_iterations = settings.warmup = 0
+    check_batch(settings)
+    if settings.references % processes():
+        raise UserError(f"--references {settings.references} is not a multiple of "
+                        f"{processes()} processes")
     return settings, preset
 
 
@@ -96,7 +107,7 @@ def phase_of(i, fit_iterations):
     return "generator" if turn >= D_ONLY and turn % (D_PER_G + 1) == 0 else "discriminator"
 
 
-@command
+@partial(command, several=True)
 def main(argv):
     settings, preset = resolve(
         parse_settings(Settings, argv, "train_stage2.py", __doc__.split("\n\n")[0]))
@@ -107,15 +118,15 @@ def main(argv):
     from cache import BlockCache, make_compensation, nfe, parse_span
     from losses import discriminator_loss, euler, fit_loss, generator_loss
     from model import (Decoder, Discriminator, PromptBook, check_base, choose_prompts,
-                       load_transformer, pick_device, velocity)
+                       load_transformer, pick_device, place, save_transformer, velocity)
     from sampler import (Gallery, image_noise, load_scheduler, load_student, read_recipe, recipe_of,
                          roll_out, sample_guided, sigma_grid, teacher_sigmas)
 
     # ================================================================== set up
     device = pick_device(settings.device)
     prompts = choose_prompts(preset, settings.prompts)
-    config = check_base(preset)
-    init = read_recipe(settings.init)
+    config = check_base(preset, settings.random_weights)
+    init = read_recipe(settings.init, settings.random_weights)
     if init["base"] != preset.name:
         raise UserError(f"{settings.init} was distilled from {init['base']}, "
                         f"not from {preset.name}")
@@ -128,7 +139,7 @@ def main(argv):
         raise UserError(f"{settings.init} has one step; a cache needs a second one: "
                         "--cached-blocks none")
     if settings.reference != "teacher":
-        told = read_recipe(settings.reference)
+        told = read_recipe(settings.reference, settings.random_weights)
         if told["steps"] <= steps:
             raise UserError(f"--reference {settings.reference} has no more steps than --init "
                             f"{settings.init}; references must be better than the student")
@@ -142,21 +153,24 @@ def main(argv):
     resolved |= {"device": str(device),                         # another --init is another run
                  "started_from": [init[key] for key in ("iteration", "alpha", "guidance")]}
     resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    run = Run(settings.out, resolved, settings.overwrite)
+    world = World(device)
+    run = Run(settings.out, resolved, settings.overwrite, world)
     total = settings.fit_iterations + settings.iterations
     if run.finished(total):
         return
 
-    student, _ = load_student(settings.init, preset, init, device)
+    student, _ = load_student(settings.init, preset, init, "cpu")
     learns_f = cached and not settings.no_compensation
     torch.manual_seed(settings.seed)                            # f's first layer starts at random
     compensation = make_compensation(student.inner_dim).to(device) if learns_f else None
-    discriminator = Discriminator(preset, seed=settings.seed).to(device)
-    decode = Decoder(preset, device)
+    discriminator = Discriminator(
+        preset, seed=settings.seed, random_weights=settings.random_weights).to(device)
+    decode = Decoder(preset, device, settings.random_weights, settings.gradient_checkpointing)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    if settings.lora_rank:
-        student = add_lora(student, settings.lora_rank, settings.seed)
+    with_lora = (partial(add_lora, rank=settings.lora_rank, seed=settings.seed)
+                 if settings.lora_rank else lambda net: net)
+    student = place(with_lora(student), device, world)
     cache = BlockCache(student, span, compensation) if cached else None
 
     networks = {"student": student, "discriminator": discriminator.heads}
@@ -170,12 +184,13 @@ def main(argv):
                   for name in networks}
     start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
-    recipe = recipe_of(preset, 2, steps, init["alpha"], init["guidance"], init["latent_shape"])
+    recipe = recipe_of(preset, 2, steps, init["alpha"], init["guidance"], init["latent_shape"],
+                       random_weights=settings.random_weights)
     recipe["init"] = settings.init
     if cached:
         recipe |= {"cached_blocks": settings.cached_blocks, "compensation": learns_f,
                    "nfe": round(nfe(steps, span, config["num_layers"]), 4)}
-    if not recipe_file.exists():
+    if world.first and not recipe_file.exists():
         write_json(recipe_file, recipe)
 
     B, R, sigmas = settings.batch_size, settings.references, sigma_grid(steps)
@@ -184,107 +199,134 @@ def main(argv):
                                                 generator=rng(settings.seed, "references"))]
 
     def batch_of(i):
-        """(noise indices [B], prompts [B]) of iteration i: the discriminator's turns take those of
-        references, f's and the generator's turns fresh ones, which nobody can learn by heart."""
+        """(noise indices, prompts) of iteration i, this process's share of B: the discriminator's
+        turns take those of references, f's and the generator's turns fresh ones, which nobody can
+        learn by heart."""
         g = rng(settings.seed, i, "batch")
         if phase_of(i, settings.fit_iterations) == "discriminator":
             pick = torch.randint(R, (B,), generator=g).tolist()
-            return pick, [chosen[j] for j in pick]
-        return (range(R + i * B, R + (i + 1) * B),
-                [prompts[j] for j in torch.randint(len(prompts), (B,), generator=g)])
+            texts = [chosen[j] for j in pick]
+        else:
+            pick = range(R + i * B, R + (i + 1) * B)
+            texts = [prompts[j] for j in torch.randint(len(prompts), (B,), generator=g)]
+        return world.share(pick), world.share(texts)
 
     gallery = Gallery(preset, prompts)
     book = PromptBook(preset, device, lambda i: batch_of(i)[1], total,
-                      keep=gallery.prompts)
+                      keep=gallery.prompts, random_weights=settings.random_weights)
 
     # ================================================================== references, made once
     # Deviation 10. The same prompt and noise as the student's sample; the teacher is guided with
     # α, or it would teach the collapse that Stage I avoided.
     def make_references():
+        frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
         if settings.reference == "teacher":
-            teacher = load_transformer(preset).to(device)
-            grid = teacher_sigmas(load_scheduler(preset))
+            teacher = load_transformer(preset, frozen, settings.random_weights).to(device)
+            grid = teacher_sigmas(load_scheduler(preset, settings.random_weights))
         else:
-            told = read_recipe(settings.reference)
             teacher, _ = load_student(settings.reference, preset, told, device)
-            grid = sigma_grid(told["steps"])
-        latents, batches = [], torch.arange(R).split(128 if preset.captions == "tiny" else 4)
-        pages = PromptBook(preset, device, lambda i: [chosen[j] for j in batches[i]], len(batches))
+            teacher, grid = teacher.to(frozen), sigma_grid(told["steps"])
+        # not sharded: each process makes its share without waiting for the others
+        latents, batches = [], world.share(torch.arange(R)).split(
+            128 if preset.captions == "tiny" else 4)
+        pages = PromptBook(preset, device, lambda i: [chosen[j] for j in batches[i]], len(batches),
+                           random_weights=settings.random_weights)
         w = init["guidance"] if settings.reference == "teacher" else 1.0
         with torch.inference_mode():
-            for i, batch in enumerate(tqdm(batches, desc="references")):
+            for i, batch in enumerate(tqdm(batches, desc="references", disable=not world.first)):
                 if run.interrupted:
                     raise KeyboardInterrupt
                 x, prompt = image_noise(settings.seed, batch, shape).to(device), pages(i)
                 latents.append(sample_guided(teacher, x, prompt, pages.uncond(len(x)), grid, w,
                                              init["alpha"])[0].cpu())
-        return torch.cat(latents)                                                   # R×C×H×W
+        return world.gather(torch.cat(latents))                                     # R×C×H×W
 
     kept = run.folder / "references" / "latents.safetensors"
     if not kept.exists():
         made = make_references()
-        save_whole(kept.parent, lambda folder: save_file({"latents": made}, folder / kept.name))
+        if world.first:
+            save_whole(kept.parent, lambda folder: save_file({"latents": made}, folder / kept.name))
+    world.wait()
     reference = load_file(kept)["latents"]
 
     # ================================================================== train
     begun, patience, seen = time.perf_counter(), Patience(run), {}
-    bar = tqdm(range(start, total), initial=start, total=total, desc="stage 2")
+    bar = tqdm(range(start, total), initial=start, total=total, desc="stage 2",
+               disable=not world.first)
     for i in bar:
-        phase, pick = phase_of(i, settings.fit_iterations), batch_of(i)[0]
-        noise, prompt = image_noise(settings.seed, pick, shape).to(device), book(i)
-        for name in networks:  # who learns in this turn; nobody else's gradients are touched
-            for p in learning[name]:
-                p.requires_grad_(name == phase or phase == "fit" and name == "compensation"
-                                 or phase == "generator" and name in ("student", "compensation"))
-            for group in optimizers[name].param_groups:
-                group["lr"] = settings.fit_lr if phase == "fit" else rates[name]
+        phase, (pick, _) = phase_of(i, settings.fit_iterations), batch_of(i)
+        micros = [dict(zip(("pick", "embeds", "pooled"), part, strict=True)) for part in
+                  zip(*(value.chunk(settings.accumulation)
+                        for value in (torch.tensor(pick), *book(i))), strict=True)]
+        parts, seen = len(micros), seen | {key: 0.0 for key in LOGGED[phase]}
 
-        # ---- 1. all steps but the last: in full, no gradient; the first records Δ0
-        with torch.no_grad():
-            x = roll_out(student, noise, prompt, sigmas[:-1], cache)[0][-1]       # B×C×H×W at σ_N-1
-        last = sigmas[-2].item()
+        for m in micros:
+            # ---- 1. all steps but the last: in full, no gradient; the first records Δ0
+            noise = image_noise(settings.seed, m["pick"], shape).to(device)       # B×C×H×W
+            prompt, last = (m["embeds"], m["pooled"]), sigmas[-2].item()
+            with torch.no_grad():
+                x = roll_out(student, noise, prompt, sigmas[:-1], cache)[0][-1]   # at σ_N-1
 
-        if phase == "fit":
-            # ---- 2a. f alone, until the cached step predicts what the full one does (deviation 9)
-            with torch.no_grad(), cache.step("full"):
-                full = velocity(student, x, last, prompt)
-            with cache.step("reuse"):
-                loss = fit_loss(velocity(student, x, last, prompt), full)
-            loss.backward()
-            norm = update([optimizers["compensation"]], CLIP)
-            seen |= {"fit": loss.item(), "norm_f": norm}
-        else:
+            # Who learns in this turn; nobody else's gradients are touched. Only now, after a
+            # forward: fully_shard takes a network that starts frozen for one that never learns.
+            for name in networks:
+                learns = {"fit": name == "compensation", "discriminator": name == "discriminator",
+                          "generator": name != "discriminator"}[phase]
+                for p in learning[name]:
+                    p.requires_grad_(learns)
+                for group in optimizers[name].param_groups:
+                    group["lr"] = settings.fit_lr if phase == "fit" else rates[name]
+
+            if phase == "fit":
+                # ---- 2a. f alone, until the cached step predicts what the full one does
+                # (deviation 9)
+                with torch.no_grad(), cache.step("full"):
+                    full = velocity(student, x, last, prompt)
+                with cache.step("reuse"):
+                    loss = fit_loss(velocity(student, x, last, prompt), full)
+                (loss / parts).backward()
+                seen["fit"] += loss.item() / parts
+                continue
+
             # ---- 2b. the last step as inference takes it, with gradient in the generator's turn
             with torch.set_grad_enabled(phase == "generator"):
                 with cache.step("reuse") if cached else contextlib.nullcontext():
                     v = velocity(student, x, last, prompt)
-                fake = decode(euler(x, v, last, 0.0))                               # B×3×8H×8W
+                fake = decode(euler(x, v, last, 0.0))                             # B×3×8H×8W
+            # The spectral norms' power iteration goes with the turn, not with the micro-batch.
+            discriminator.heads.train(m is micros[0])
             if phase == "discriminator":
                 # ---- 3a. discriminator: references are real [target 0.8], the student's pictures
                 # are not
                 with torch.no_grad():
-                    real = decode(reference[pick].to(device))
-                real_logits, fake_logits = discriminator(real), discriminator(fake)
+                    real = decode(reference[m["pick"]].to(device))
+                real_logits, fake_logits = zip(*(          # one pass: both see the same weights
+                    each.chunk(2) for each in discriminator(torch.cat([real, fake]))), strict=True)
                 loss = discriminator_loss(real_logits, fake_logits)
-                loss.backward()
-                norm = update([optimizers["discriminator"]])
-                accuracy = sum((r > f).float().mean()
-                               for r, f in zip(real_logits, fake_logits, strict=True))
-                seen |= {"loss_d": loss.item(), "norm_d": norm,
-                         "d_ranks": accuracy.item() / len(real_logits)}
+                (loss / parts).backward()
+                ranks = sum((r > f).float().mean()
+                            for r, f in zip(real_logits, fake_logits, strict=True))
+                seen["loss_d"] += loss.item() / parts
+                seen["d_ranks"] += ranks.item() / len(real_logits) / parts
             else:
                 # ---- 3b. generator: student and f together; f alone during the warm-up
                 loss = generator_loss(discriminator(fake))
-                loss.backward()
-                both = ("compensation", "student") if learns_f else ("student",)
-                if i - settings.fit_iterations < settings.warmup:
-                    optimizers["student"].zero_grad(set_to_none=True)
-                    both = ("compensation",)
-                norm = update([optimizers[name] for name in both], CLIP)
-                seen |= {"loss_g": loss.item(), "norm_g": norm}
+                (loss / parts).backward()
+                seen["loss_g"] += loss.item() / parts
+
+        if phase == "generator":
+            both = ("compensation", "student") if learns_f else ("student",)
+            if i - settings.fit_iterations < settings.warmup:
+                optimizers["student"].zero_grad(set_to_none=True)
+                both = ("compensation",)
+            norm = seen["norm_g"] = update([optimizers[name] for name in both], CLIP)
+        elif phase == "discriminator":
+            norm = seen["norm_d"] = update([optimizers["discriminator"]])
+        else:
+            norm = seen["norm_f"] = update([optimizers["compensation"]], CLIP)
 
         # ================================================================== log, show, save
-        done, end = i + 1, i + 1 == total
+        done, end, stop = i + 1, i + 1 == total, world.any(run.interrupted)
         patience.check(done, {phase: norm})
         if done % settings.log_every == 0 or end:
             turns = [phase_of(j, settings.fit_iterations) for j in range(done)]
@@ -297,9 +339,9 @@ def main(argv):
         if done % settings.sample_every == 0 or end:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
                          shape, sigmas, cache)
-        if done % settings.checkpoint_every == 0 or end or run.interrupted:
+        if done % settings.checkpoint_every == 0 or end or stop:
             run.save(done, networks, optimizers)
-        if run.interrupted and not end:
+        if stop and not end:
             bar.close()
             print(f"stopped after iteration {done}, saved; type the same command again to go on")
             raise SystemExit(130)
@@ -307,15 +349,12 @@ def main(argv):
     # ================================================================== the result
     if cached:
         cache.remove()
-    if learns_f:
+    if learns_f and world.first:
         tensors = {k: v.detach().cpu().contiguous() for k, v in compensation.state_dict().items()}
         save_file(tensors, run.folder / "compensation.safetensors")
-    if settings.lora_rank:
-        student.fuse_lora()
-        student.unload_lora()
-    half = student if preset.captions == "tiny" else student.half()
-    save_whole(run.folder / "student", half.save_pretrained)
-    write_json(recipe_file, recipe | {"iteration": total})
+    save_transformer(student, run.folder / "student", preset.captions != "tiny", with_lora)
+    if world.first:
+        write_json(recipe_file, recipe | {"iteration": total})
     print(f"{run.folder}: {recipe['nfe']:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{total:06d}.png")
