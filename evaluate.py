@@ -1,167 +1,75 @@
-"""Measures runs beside their teacher and the data: one table, results.json and one picture.
+"""Measures runs beside their teacher and the data: one table, results.json and pictures.
 
     python evaluate.py                                  # the default runs, the teacher, the data
     python evaluate.py --checkpoint runs/a runs/b --samples-per-prompt 64 --out results/compare
+    python evaluate.py --model sd3-medium --checkpoint RUN --prompts FILE --out results/medium
     python evaluate.py --benchmark                      # seconds of 28×2, two and 1.67 steps
 
-Every row samples the same captions from the same start noises. In the miniature world the exact
+Every row samples the same prompts from the same start noises. In the miniature world the exact
 reader says whether the caption is right (prompt accuracy), how often the shape stands on its usual
 scene, and the entropy over scenes in nats: the collapse that the paper cures shows as a usual scene
 near 1 and an entropy near 0. The plug-in entropy grows with the samples per caption (data: 0.96 at
-8, 1.13 at 32, 1.16 at 64): compare only rows of the same n, and with the data's row.
-Fréchet distance and diversity (mean pairwise distance of features within a caption) use a network
-that is not the discriminator's. Intervals are 95 % percentile bootstraps over captions. A Stage II
-run is compared with the Stage I run that it started from, caption by caption.
+8, 1.13 at 32, 1.16 at 64). Real models have CLIP score, PickScore and LPIPS instead; their pictures
+are kept, and the same command goes on where it was interrupted. Seconds count sampling and
+decoding, not the text encoders. Measures and intervals: metrics.py.
+
+Rows belong in one table only if their protocol is the same: --add takes the rows of an earlier
+results.json or refuses them. A Stage II run is compared, prompt by prompt, with the Stage I run
+that it started from.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import statistics
+import os
+import re
 import time
 from pathlib import Path
 
 import torch
 
-import tiny
-from cache import BlockCache, make_compensation, nfe, parse_span
+from cache import BlockCache
+from metrics import RealMeter, TinyMeter, Measured, compare, weights_hash
 from model import (Decoder, PromptBook, check_base, default_prompts, find_preset, load_transformer,
-                   pick_device, save_pictures, velocity)
+                   pick_device, read_prompts, save_pictures)
 from run import (MAY_CHANGE, UserError, command, option, parse_settings, read_json, rng, versions,
-                 write_json)
+                 write_json, write_text)
 from sampler import (TEACHER_STEPS, count_nfe, image_noise, load_scheduler, load_student,
-                     read_recipe, roll_out, sample_guided, sigma_grid, stock_sigmas,
-                     teacher_sigmas)
+                     read_recipe, roll_out, sample_guided, sigma_grid, teacher_sigmas)
 
-MEASURES = ("prompt_accuracy", "usual_scene", "scene_entropy", "diversity", "frechet_to_teacher",
-            "frechet_to_data")
-COLUMNS = ("name", "nfe_blocks", "seconds_per_image", "speedup", *MEASURES)
+MEASURES = ("prompt_accuracy", "usual_scene", "scene_entropy", "clip_score", "pick_score",
+            "diversity", "lpips", "frechet_to_teacher", "frechet_to_data")
+COLUMNS = ("name", "nfe_blocks", "nfe_flops", "seconds_per_image", "speedup", *MEASURES)
 
 
 @dataclasses.dataclass
 class Settings:
     checkpoint: list = option(None, "run folders (default: runs/tiny-stage1, runs/tiny-stage2)")
     model: str = option("tiny", "base model of the runs")
+    prompts: str = option(None, "file of prompts: text, one a line, or JSON lines with \"prompt\" "
+                          "(tiny: its 24 captions)")
     seed: int = option(1, "start noises come from (seed, image index); not the training's",
                        low=0, high=2**31 - 1)
-    samples_per_prompt: int = option(32, "n, samples for each of the 24 captions", low=2, high=4096)
-    batch_size: int = option(128, "images at a time; changes no picture", low=1)
+    samples_per_prompt: int = option(None, "n, samples for each prompt (tiny: 32, others: 4)",
+                                     low=2, high=4096)
+    batch_size: int = option(None, "images at a time; changes no picture (tiny: 128, others: 4)",
+                             low=1)
     teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only "
                           "the one that Fréchet distances are taken to",
                           choices=("yes", "alpha", "no"))
-    out: str = option("results/tiny", "folder for results.json, table.md and grid.png")
-    benchmark: bool = option(False, "time 28×2, two and 1.67 steps instead, in one run, and stop")
-    rounds: int = option(20, "benchmark: alternated rounds, of which the median counts", low=1)
-    random_weights: bool = option(False, "benchmark: the true shape without its weights")
-    resolution: int = option(None, "benchmark: pixels of a side", low=16, high=4096)
+    out: str = option(None, "folder for results.json, table.md, grid.png (default: results/MODEL)")
+    add: list = option(None, "results.json of earlier evaluations of the same protocol")
+    clip: str = option(None, "folder or hub id of the CLIP score's CLIPModel")
+    pickscore: str = option(None, "folder or hub id of PickScore's CLIPModel")
+    dino: str = option(None, "folder or hub id of the Dinov2Model")
+    benchmark: bool = option(False, "time 28×2, two and 1.67 steps instead: benchmark.py, its "
+                             "options too")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
     debug: bool = option(False, "show tracebacks")
 
 
-# ----------------------------------------------------------------------------- measures
-
-def bootstrap(statistic, captions, rounds=1000):
-    """95 % interval [low, high] of statistic(indices of captions), resampling captions."""
-    drawn = torch.randint(captions, (rounds, captions), generator=rng(0, "bootstrap"))
-    values = torch.tensor([float(statistic(index)) for index in drawn])
-    return torch.quantile(values, torch.tensor([0.025, 0.975])).tolist()
-
-
-def load_features(preset):
-    """features(pictures [B, 3, 32, 32]) -> [B, F]: the pooled last map of the metric backbone,
-    which has another seed, depth and width than the discriminator's."""
-    from transformers import ConvNextV2Backbone
-    net = ConvNextV2Backbone.from_pretrained(Path(preset.source) / "metric_backbone",
-                                             dtype=torch.float32, use_safetensors=True).eval()
-
-    def features(pictures):
-        with torch.inference_mode():
-            return torch.cat([net(part * 2 - 1).feature_maps[-1].mean((2, 3))
-                              for part in pictures.split(256)]).double()
-    return features
-
-
-def moments(features):
-    """Sums that Fréchet distance needs, by caption: features [c, n, F] -> ([c, F], [c, F, F]),
-    so that a bootstrap over captions only adds."""
-    return features.sum(1), torch.einsum("cni,cnj->cij", features, features)
-
-
-def frechet(a, b, n):
-    """Fréchet distance of two Gaussians, from moments ([c, F], [c, F, F]) of n samples a caption:
-    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2·(Σ_a·Σ_b)^½)."""
-    (mean_a, cov_a), (mean_b, cov_b) = (_gaussian(*part, n) for part in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    middle = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * middle
-
-
-def _gaussian(sums, squares, n):
-    total = n * len(sums)
-    mean = sums.sum(0) / total
-    return mean, (squares.sum(0) - total * mean[:, None] * mean) / (total - 1)
-
-
-class Measured:
-    """What one row's pictures [captions·n, 3, 32, 32] (n in a row for each caption) are worth."""
-
-    def __init__(self, pictures, captions, features):
-        found = tiny.measure(pictures, captions)
-        groups = len(found["scene_entropy"])
-        by_caption = features(pictures).view(groups, -1, features(pictures[:1]).shape[1])
-        self.n, self.moments = by_caption.shape[1], moments(by_caption)
-        pairs = torch.cdist(by_caption, by_caption).sum((1, 2)) / (self.n * (self.n - 1))
-        self.by_caption = {"prompt_accuracy": found["correct"].view(groups, -1).mean(1),
-                           "usual_scene": found["usual"].view(groups, -1).mean(1),
-                           "scene_entropy": found["scene_entropy"], "diversity": pairs}
-
-    def row(self, teacher, data):
-        """The measured columns with their intervals; teacher and data are Measured or None."""
-        row, groups = {}, len(self.moments[0])
-        for name, values in self.by_caption.items():
-            row[name] = values.mean().item()
-            row[f"{name}_interval"] = bootstrap(lambda i, v=values: v[i].mean(), groups)
-        for name, other in (("frechet_to_teacher", teacher), ("frechet_to_data", data)):
-            row[name] = row[f"{name}_interval"] = None
-            if other not in (None, self):
-                def distance(i, other=other):
-                    return frechet([m[i] for m in self.moments], [m[i] for m in other.moments],
-                                   self.n)
-                row[name] = float(distance(torch.arange(groups)))
-                row[f"{name}_interval"] = bootstrap(distance, groups, rounds=200)
-        return row
-
-
-def compare(pairs, teacher):
-    """What changed from a run's Stage I to the run, as a mean over pairs (run, its Stage I run) of
-    Measured; both saw the same captions and noises, so intervals resample captions of both alike.
-
-    Returns accuracy in points, the ratio of scene entropies and the change of the Fréchet distance
-    to the teacher (None without one), each with its interval.
-    """
-    def points(i):
-        return 100 * sum((a.by_caption["prompt_accuracy"] - b.by_caption["prompt_accuracy"])[i]
-                         for a, b in pairs).mean() / len(pairs)
-
-    def ratio(i):
-        one, other = (sum(p[k].by_caption["scene_entropy"][i].mean() for p in pairs)
-                      for k in (0, 1))
-        return one / other
-
-    def change(i):
-        at = [m[i] for m in teacher.moments]
-        return sum(frechet([m[i] for m in a.moments], at, a.n)
-                   - frechet([m[i] for m in b.moments], at, b.n) for a, b in pairs) / len(pairs)
-    result, captions = {}, len(pairs[0][0].moments[0])
-    for name, statistic, rounds in (("accuracy_points", points, 1000),
-                                    ("entropy_ratio", ratio, 1000),
-                                    ("frechet_change", change if teacher else None, 200)):
-        result[name] = float(statistic(torch.arange(captions))) if statistic else None
-        result[f"{name}_interval"] = (bootstrap(statistic, captions, rounds)
-                                      if statistic else None)
-    return result
-
+# ----------------------------------------------------------------------------- the table
 
 def same_but_for_seed(run, path):
     """A key that runs share whose settings differ in seed, folders and pace of saving only."""
@@ -200,7 +108,7 @@ def table(rows, means):
         if value is None or isinstance(value, str):
             return value or ""
         if column not in MEASURES:
-            return f"{value:.3g}" if column != "nfe_blocks" else f"{value:.4g}"
+            return f"{value:.4g}" if column.startswith("nfe") else f"{value:.3g}"
         low, high = row[f"{column}_interval"]
         return f"{value:.3f} [{low:.2f}, {high:.2f}]"
 
@@ -210,8 +118,10 @@ def table(rows, means):
                           for key, d in (("accuracy_points", 2), ("entropy_ratio", 3),
                                          ("frechet_change", 3))
                           for interval in [against[f"{key}_interval"]])
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell(row, column) for column in COLUMNS) + " |" for row in rows]
+    columns = [c for c in COLUMNS if any(row[c] is not None for row in rows)]
+    measures = [c for c in columns if c in MEASURES]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell(row, column) for column in columns) + " |" for row in rows]
     compared = [row for row in rows if row.get("against", {}).get("name") not in (None,
                                                                                   row["name"])]
     if compared:
@@ -220,195 +130,270 @@ def table(rows, means):
         lines += [f"| {row['name']} | {row['against']['name']} | {change(row['against'])} |"
                   for row in compared]
     if means:
-        lines += ["", "| mean ± std over runs | " + " | ".join(MEASURES)
+        lines += ["", "| mean ± std over runs | " + " | ".join(measures)
                   + " | accuracy, points | entropy, ratio | Fréchet, change |",
-                  "|" + " --- |" * (len(MEASURES) + 4)]
+                  "|" + " --- |" * (len(measures) + 4)]
     for mean in means:
         lines.append(f"| {', '.join(mean['runs'])} | " + " | ".join(
-            f"{mean[m]:.3f} ± {mean[f'{m}_std']:.3f}" if m in mean else "" for m in MEASURES)
+            f"{mean[m]:.3f} ± {mean[f'{m}_std']:.3f}" if m in mean else "" for m in measures)
             + f" | {change(mean['against']) if 'against' in mean else ' | | '} |")
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------- benchmark
+# ----------------------------------------------------------------------------- rows
 
-def alternate(paths, rounds, device):
-    """Median seconds of each of `paths`, {name: callable}, called in turn `rounds` times after one
-    call to warm up: on a shared machine only times of one run, taken alternately, compare."""
-    times = {name: [] for name in paths}
-    for turn in range(rounds + 1):
-        for name, path in paths.items():
-            start = time.perf_counter()
-            path()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+class Album:
+    """The pictures of one row, image i at place i: in memory, or in a folder (real models), one PNG
+    each, with images.jsonl telling prompt, seed and seconds of every one.
 
-
-def benchmark(preset, device, rounds, random_weights, resolution):
-    """Prints what the numbers of evaluations are worth in seconds: the transformer's forwards of
-    28×2, two and 1.67 steps against one full forward, and whole images of the stock pipeline.
-
-    The transformer runs in bf16 (tiny: fp32), f too. The ideal is the count by blocks, without f:
-    the ratio to it is what hooks and f cost.
+    A folder that holds part of them already goes on from there; `about` says what they are, and a
+    folder of other pictures is refused.
     """
-    from diffusers import StableDiffusion3Pipeline
-    dtype = torch.float32 if preset.captions == "tiny" else torch.bfloat16
-    net = load_transformer(preset, dtype, random_weights).to(device)
-    c, span = net.config, parse_span(preset.cached_blocks, net.config.num_layers)
-    torch.manual_seed(0)
-    f = make_compensation(net.inner_dim).to(device, dtype)
-    side = resolution // 8 if resolution else c.sample_size
-    x = torch.randn(1, c.in_channels, side, side, device=device)
-    tokens = 77 + preset.text_length if preset.text_length else 8
-    prompt = (torch.randn(1, tokens, c.joint_attention_dim, device=device, dtype=dtype),
-              torch.randn(1, c.pooled_projection_dim, device=device, dtype=dtype))
-    two = [torch.cat([part, part]) for part in (x, *prompt)]
-    sigmas = sigma_grid(2)
 
-    def cached():
-        cache = BlockCache(net, span, f)
-        roll_out(net, x, prompt, sigmas, cache)
-        cache.remove()
-    ideal = nfe(2, span, c.num_layers)
-    with torch.inference_mode():
-        t = alternate({"one": lambda: velocity(net, x, 0.75, prompt),
-                       "guided": lambda: velocity(net, two[0], 0.75, two[1:]),
-                       "2": lambda: roll_out(net, x, prompt, sigmas), "1.67": cached},
-                      rounds, device)
-    print(f"{preset.name}, {dtype}, {device}, latents {side}×{side}, {tokens} text tokens, "
-          f"medians of {rounds} alternated rounds, {versions()}")
-    print("transformer alone        seconds   in full forwards")
-    for name, seconds in (("one full forward", t["one"]), ("28×2 (28 × a batch of two)",
-                          TEACHER_STEPS * t["guided"]), ("two steps", t["2"]),
-                          (f"{ideal:.3f} steps, f", t["1.67"])):
-        print(f"{name:27}{seconds:9.4f}{seconds / t['one']:10.3f}")
-    print(f"{ideal:.3f} steps against the ideal {ideal:.3f} × one full forward: "
-          f"{t['1.67'] / ideal / t['one']:.4f}; 28×2 over it: "
-          f"{TEACHER_STEPS * t['guided'] / t['1.67']:.1f}×")
-    if random_weights:
+    def __init__(self, about, folder=None):
+        self.folder, self.pictures, self.lines = folder, {}, {}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp, self.log = folder / "about.json", folder / "images.jsonl"
+        if stamp.exists() and read_json(stamp) != about:
+            raise UserError(f"{folder} holds pictures of another recipe, seed, prompts or version; "
+                            "give another --out")
+        write_json(stamp, about)
+        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):   # a kill cuts a line off
+                entry = json.loads(line)
+                if self._sound(entry["index"]):
+                    self.lines[entry["index"]] = entry
+        write_text(self.log, "".join(map(self._line, self.lines.values())))
+
+    def _path(self, index):
+        return self.folder / f"{index:06d}.png"
+
+    def _sound(self, index):
+        from PIL import Image
+        with contextlib.suppress(OSError, SyntaxError):                  # PIL's word for a cut PNG
+            with Image.open(self._path(index)) as image:
+                image.load()
+            return True
+        return False
+
+    @staticmethod
+    def _line(entry):
+        return json.dumps(entry, ensure_ascii=False) + "\n"
+
+    def put(self, index, picture, **told):
+        """Keeps picture [3, H, W]; told: prompt, seed, seconds."""
+        self.lines[index] = {"index": index, **told}
+        if self.folder is None:
+            self.pictures[index] = picture
+            return
+        from PIL import Image
+        new = self.folder / ".new.png"
+        Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()).save(new)
+        os.replace(new, self._path(index))
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(self._line({"file": self._path(index).name, **self.lines[index]}))
+
+    def get(self, indices):
+        """Pictures [n, 3, H, W] in [0, 1]."""
+        if self.folder is None:
+            return torch.stack([self.pictures[i] for i in indices])
+        import numpy as np
+        from PIL import Image
+        return torch.stack([torch.from_numpy(np.array(Image.open(self._path(i)).convert("RGB")))
+                            for i in indices]).permute(0, 3, 1, 2) / 255
+
+    def seconds(self):
+        """Mean seconds of an image."""
+        return sum(line["seconds"] for line in self.lines.values()) / len(self.lines)
+
+
+def teacher_rows(preset, first, which, device):
+    """(name, recipe, sampler) of the teacher's rows, guided by the first run's α and w; the first
+    row is what Fréchet distances are taken to. sampler(noise, prompt, uncond) -> (latents, passes).
+    """
+    if which == "no":
         return
-    without_t5 = {} if preset.text_length else {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = StableDiffusion3Pipeline.from_pretrained(preset.source, transformer=net,
-                                                    torch_dtype=dtype, use_safetensors=True,
-                                                    **without_t5).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    call = dict(prompt=default_prompts(preset)[0], max_sequence_length=preset.text_length,
-                height=side * pipe.vae_scale_factor, width=side * pipe.vae_scale_factor)
-    student = dict(call, sigmas=stock_sigmas(2), num_inference_steps=2, guidance_scale=1.0)
+    teacher = load_transformer(preset).to(device)
+    stock, own = teacher_sigmas(load_scheduler(preset)), sigma_grid(first["steps"])
+    w, alpha, weights = first["guidance"], first["alpha"], weights_hash(teacher)
+    for name, sigmas, guidance, a in (
+            (f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha),
+            (f"teacher, w = {w:g} everywhere", stock, w, 1.0),
+            ("teacher, no guidance", stock, 1.0, 1.0),
+            (f"teacher at {first['steps']} steps, not distilled", own, 1.0, 1.0))[
+                :1 if which == "alpha" else None]:
+        recipe = {"steps": len(sigmas) - 1, "guidance": guidance, "alpha": a, "span": None,
+                  "sigmas": [round(s, 6) for s in sigmas.tolist()], "weights": weights}
+        yield name, recipe, lambda x, prompt, uncond, g=(sigmas, guidance, a): sample_guided(
+            teacher, x, prompt, uncond, *g)
 
-    def cached_image():
-        cache = BlockCache(net, span, f)
-        pipe(**student)
-        cache.remove()
-    t = alternate({"28×2": lambda: pipe(**call, guidance_scale=preset.guidance),
-                   "2": lambda: pipe(**student), "1.67": cached_image}, min(rounds, 5), device)
-    print("whole image, text and VAE too: " + ", ".join(
-        f"{name} {seconds:.4f} s" for name, seconds in t.items())
-        + f"; 28×2 over 1.67: {t['28×2'] / t['1.67']:.1f}×")
+
+def run_rows(run, recipe, preset, span, device):
+    """(name, recipe, sampler) of a run's rows: its own path and, of Stage II, without the cache and
+    with plain reuse. span is what a Stage I run skips for comparison, or None."""
+    student, f = load_student(run, preset, recipe, device)
+    own = recipe["cached_blocks"]
+    paths = [("", f, "reuse" if own else None)]
+    if own:
+        paths.append((", no cache", None, None))
+    if span and (f or recipe["stage"] == 1):
+        paths.append((", plain reuse", None, "reuse"))
+    if span and recipe["stage"] == 1:
+        paths.append((", span skipped", None, "skip"))
+    told = {key: recipe[key] for key in ("stage", "iteration", "steps", "sigmas", "guidance",
+                                         "alpha")}
+    weights = weights_hash(student, *([f] if f else []))
+    for suffix, use, later in paths:
+        def sampler(x, prompt, uncond, use=use, later=later):
+            cache = BlockCache(student, span, use) if later else None
+            latents = roll_out(student, x, prompt, sigma_grid(recipe["steps"]), cache, later)[0]
+            if cache:
+                cache.remove()
+            return latents[-1], None
+        yield run.name + suffix, {"run": str(run), "path": suffix, **told,
+                                  "span": span if later else None, "weights": weights}, sampler
+
+
+def added_rows(paths, protocol):
+    """The rows of earlier results.json; UserError that names the keys in which their protocol
+    differs: pictures of other prompts, seeds or code do not compare."""
+    rows = []
+    for path in paths or ():
+        other = read_json(path)
+        theirs, found = other.get("protocol"), other.get("rows")
+        if not isinstance(theirs, dict) or not isinstance(found, list) or not all(
+                isinstance(row, dict) and {*COLUMNS, "recipe"} <= row.keys() for row in found):
+            raise UserError(f"--add {path} is no results.json of this version")
+        differing = [f"{key} is {str(theirs.get(key))[:60]} there, {str(protocol.get(key))[:60]} "
+                     "here" for key in sorted(theirs.keys() | protocol.keys())
+                     if theirs.get(key) != protocol.get(key)]
+        if differing:
+            raise UserError(f"--add {path} was measured by another protocol, its rows do not "
+                            f"belong in one table: {'; '.join(differing)}")
+        rows += found
+    return rows
 
 
 # ----------------------------------------------------------------------------- command
 
 @command
 def main(argv):
+    if "--benchmark" in argv:
+        from benchmark import main as benchmark
+        return benchmark([word for word in argv if word != "--benchmark"])
     settings = parse_settings(Settings, argv, "evaluate.py", __doc__.split("\n\n")[0])
     from tqdm import tqdm
+    preset, device = find_preset(settings.model), pick_device(settings.device)
+    tiny_world = preset.captions == "tiny"
     runs = [Path(run) for run in settings.checkpoint or ["runs/tiny-stage1"]]
     if not settings.checkpoint and Path("runs/tiny-stage2/distill.json").exists():
         runs.append(Path("runs/tiny-stage2"))
-    if Path(settings.out).is_file():
-        raise UserError(f"--out {settings.out} is a file; give a folder")
-    preset, device = find_preset(settings.model), pick_device(settings.device)
-    if settings.benchmark:
-        return benchmark(preset, device, settings.rounds, settings.random_weights,
-                         settings.resolution)
-    if preset.captions != "tiny":
-        raise UserError("evaluate.py measures the miniature world (--model tiny); metrics for real "
-                        "models are not there yet, sampler.py makes their pictures")
+    if not tiny_world and not (settings.checkpoint and settings.prompts):
+        raise UserError("real models need --checkpoint RUN and --prompts FILE")
+    out = Path(settings.out or f"results/{re.sub('[^A-Za-z0-9.-]+', '_', preset.name)}")
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; give a folder")
     recipes = {run: read_recipe(run) for run in runs}
+    first = recipes[runs[0]]                                            # its α, w guide the teacher
     for run, recipe in recipes.items():
         if recipe["base"] != preset.name:
             raise UserError(f"{run} was distilled from {recipe['base']}, not from {preset.name}")
+        if recipe["latent_shape"] != first["latent_shape"]:
+            raise UserError(f"{run} makes pictures of another size than {runs[0]}")
+    if len({run.name for run in recipes}) < len(recipes):
+        raise UserError("two of the runs have the same name; the table could not tell them apart")
+    prompts = read_prompts(settings.prompts) if settings.prompts else default_prompts(preset)
+    if tiny_world and set(prompts) - set(default_prompts(preset)):
+        raise UserError(f"--prompts {settings.prompts}: the exact reader knows the 24 captions of "
+                        "the miniature only, such as \"a red circle\"")
 
     # ------------------------------------------------------------------ what every row shares
-    prompts, config, n = default_prompts(preset), check_base(preset), settings.samples_per_prompt
-    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-    captions = torch.arange(len(prompts)).repeat_interleave(n)          # image i shows captions[i]
-    batches = torch.arange(len(captions)).split(settings.batch_size)
-    book = PromptBook(preset, device, lambda i: [], 0, keep=prompts)
-    decode, features = Decoder(preset, device), load_features(preset)
-    first = recipes[runs[0]]                                            # its α, w guide the teacher
+    check_base(preset)
+    n = settings.samples_per_prompt or (32 if tiny_world else 4)
+    meter = (TinyMeter(preset) if tiny_world
+             else RealMeter(settings.clip, settings.pickscore, settings.dino))
+    stamp = versions()
+    made = {key: stamp.pop(key) for key in ("machine", "cores", "date")} | {"device": str(device)}
+    pictures_of = {"model": preset.name, "seed": settings.seed, "samples_per_prompt": n,
+                   "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+                   "images": n * len(prompts), "latent_shape": first["latent_shape"], **stamp}
+    reference = {"steps": TEACHER_STEPS, "guidance": first["guidance"], "alpha": first["alpha"]}
+    protocol = pictures_of | {
+        "resize": meter.resize, "frechet_to": None if settings.teacher == "no" else reference,
+        **{f"{name}_sha256": weights_hash(net) for name, net in meter.named_children()}}
+    added = added_rows(settings.add, protocol)
+    groups = torch.arange(n * len(prompts)).view(-1, n).tolist()    # prompt c has images groups[c]
+    batches = torch.arange(n * len(prompts)).split(
+        settings.batch_size or (128 if tiny_world else 4))
+    book = PromptBook(preset, device, lambda i: [prompts[j // n] for j in batches[i].tolist()],
+                      len(batches))
+    decode = Decoder(preset, device)
 
-    def sample(name, sampler):
-        """(pictures, passes, seconds per image) of sampler(noise, prompt) -> (latents, passes)."""
-        pictures, start = [], time.perf_counter()
-        with torch.inference_mode():
-            for batch in tqdm(batches, desc=name, leave=False):
-                noise = image_noise(settings.seed, batch, shape).to(device)
-                latents, passes = sampler(noise, book.of([prompts[c] for c in captions[batch]]))
-                pictures.append(decode(latents).clamp(0, 1).cpu())
-        return torch.cat(pictures), passes, (time.perf_counter() - start) / len(captions)
+    # ------------------------------------------------------------------ sampling, row by row
+    def jobs():
+        yield from teacher_rows(preset, first, settings.teacher, device)
+        spans = [recipe["cached_blocks"] for recipe in recipes.values() if recipe["cached_blocks"]]
+        for run, recipe in recipes.items():
+            span = recipe["cached_blocks"] or (
+                spans[0] if spans and recipe["steps"] > 1 else None)
+            yield from run_rows(run, recipe, preset, span, device)
 
-    # ------------------------------------------------------------------ the rows
-    jobs = []                                                             # (name, recipe, sampler)
-    if settings.teacher != "no":
-        teacher = load_transformer(preset).to(device)
-        stock, own = teacher_sigmas(load_scheduler(preset)), sigma_grid(first["steps"])
-        w, alpha = first["guidance"], first["alpha"]
-        for name, sigmas, guidance, a in (
-                (f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha),
-                (f"teacher, w = {w:g} everywhere", stock, w, 1.0),
-                ("teacher, no guidance", stock, 1.0, 1.0),
-                (f"teacher at {first['steps']} steps, not distilled", own, 1.0, 1.0))[
-                    :1 if settings.teacher == "alpha" else None]:
-            recipe = {"steps": len(sigmas) - 1, "guidance": guidance, "alpha": a, "span": None,
-                      "sigmas": [round(s, 6) for s in sigmas.tolist()]}
-            jobs.append((name, recipe, lambda x, prompt, g=(sigmas, guidance, a): sample_guided(
-                teacher, x, prompt, book.uncond(len(x)), *g)))
-    spans = [recipe["cached_blocks"] for recipe in recipes.values() if recipe["cached_blocks"]]
-    for run, recipe in recipes.items():
-        student, f = load_student(run, preset, recipe, device)
-        told = {key: recipe[key] for key in ("stage", "iteration", "steps", "sigmas", "guidance",
-                                             "alpha")}
-        span = recipe["cached_blocks"] or (spans[0] if spans and recipe["steps"] > 1 else None)
-        paths = [("", f, "reuse" if recipe["cached_blocks"] else None)]
-        if recipe["cached_blocks"]:
-            paths.append((", no cache", None, None))
-        if span and (f or recipe["stage"] == 1):
-            paths.append((", plain reuse", None, "reuse"))
-        if span and recipe["stage"] == 1:
-            paths.append((", span skipped", None, "skip"))
-        for suffix, use, later in paths:
-            def sampler(x, prompt, student=student, recipe=recipe, span=span, use=use, later=later):
-                cache = BlockCache(student, span, use) if later else None
-                latents = roll_out(student, x, prompt, sigma_grid(recipe["steps"]), cache, later)[0]
-                if cache:
-                    cache.remove()
-                return latents[-1], None
-            jobs.append((run.name + suffix, {"run": str(run), "path": suffix, **told,
-                                             "span": span if later else None}, sampler))
+    def fill(name, album, sampler):
+        """Samples the pictures of a row that its album does not hold yet."""
+        for i, batch in enumerate(tqdm(batches, desc=name, leave=False)):
+            batch = [j for j in batch.tolist() if j not in album.lines]
+            if not batch:
+                continue
+            texts = [prompts[j // n] for j in batch]
+            prompt, uncond = book.of(texts, i), book.uncond(len(batch))
+            start = time.perf_counter()
+            with torch.inference_mode():
+                noise = image_noise(settings.seed, batch, first["latent_shape"]).to(device)
+                latents, passes = sampler(noise, prompt, uncond)
+                pictures = decode(latents).clamp(0, 1).cpu()
+            seconds = (time.perf_counter() - start) / len(batch)
+            for j, text, picture in zip(batch, texts, pictures, strict=True):
+                album.put(j, picture, prompt=text, seed=settings.seed, seconds=seconds,
+                          passes=passes)
 
-    drawn = tiny.draw(*tiny.sample_labels(len(captions), rng(settings.seed, "data"), captions))
-    rows = [{"name": "data", "recipe": {}, "steps": None, "nfe_blocks": None, "nfe_flops": None,
-             "seconds_per_image": None}]
-    shown, measured = [drawn], [Measured(drawn, captions, features)]
-    for name, recipe, sampler in jobs:
-        pictures, passes, seconds = sample(name, sampler)
-        counts = count_nfe(preset, recipe["span"], recipe["steps"])
+    rows, albums = [], []
+    if tiny_world:
+        from tiny import CAPTIONS, draw, sample_labels
+        captions = torch.tensor([CAPTIONS.index(text) for text in prompts]).repeat_interleave(n)
+        albums.append(Album({}))
+        for i, picture in enumerate(draw(*sample_labels(
+                len(captions), rng(settings.seed, "data"), captions))):
+            albums[0].put(i, picture)
+        rows.append({"name": "data", "recipe": {}, "steps": None, "nfe_blocks": None,
+                     "nfe_flops": None, "seconds_per_image": None})
+    for name, recipe, sampler in jobs():
+        safe = re.sub("[^A-Za-z0-9.=-]+", "_", name).strip("._")
+        album = Album({"row": name, "recipe": recipe, "device": str(device), **pictures_of},
+                      None if tiny_world else out / "images" / safe)
+        fill(name, album, sampler)
+        passes, counts = album.lines[0]["passes"], count_nfe(preset, recipe["span"],
+                                                             recipe["steps"])
+        albums.append(album)
         rows.append({"name": name, "recipe": recipe, "steps": recipe["steps"],
                      "nfe_blocks": passes or counts["blocks"],
-                     "nfe_flops": passes or counts["flops_with_f"], "seconds_per_image": seconds})
-        shown.append(pictures)
-        measured.append(Measured(pictures, captions, features))
-    guided = measured[1] if settings.teacher != "no" else None           # with the run's α
+                     "nfe_flops": passes or counts["flops_with_f"],
+                     "seconds_per_image": album.seconds()})
+
+    # ------------------------------------------------------------------ measuring
+    meter.to(device)
+    measured = [Measured(tqdm(map(album.get, groups), desc=f"measuring {row['name']}",
+                              total=len(groups), leave=False), prompts, meter)
+                for row, album in zip(rows, albums, strict=True)]
+    data = measured[0] if tiny_world else None
+    guided = measured[int(tiny_world)] if settings.teacher != "no" else None  # with the run's α
     slowest = next((row["seconds_per_image"] for row in rows if row["nfe_blocks"] == 56), None)
     stage1 = {Path(row["recipe"]["run"]).name: i for i, row in reversed(list(enumerate(rows)))
               if row["recipe"].get("stage") == 1}              # the run's own path, its first row
     for i, row in enumerate(tqdm(rows, desc="intervals", leave=False)):
-        row.update(measured[i].row(guided, measured[0]))
+        row.update({key: None for name in MEASURES for key in (name, f"{name}_interval")})
+        row.update(measured[i].row(guided, data))
         own = row["seconds_per_image"]
         row["speedup"] = slowest / own if slowest and own else None
         if row["recipe"].get("run"):
@@ -419,20 +404,23 @@ def main(argv):
                                   **compare([(measured[i], measured[base])], guided)}
 
     # ------------------------------------------------------------------ the result
-    protocol = {"prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-                "seed": settings.seed, "samples_per_prompt": n, "images": len(captions),
-                "reader": "exact", "features": "metric_backbone", "resize": None,
-                "teacher_steps": TEACHER_STEPS, "device": str(device), **versions()}
-    means, out = mean_rows(rows, measured, guided), Path(settings.out)
+    means = mean_rows(rows, measured, guided)
+    labels = [row["name"] for row in rows]
+    rows += [row for row in added if row["recipe"] not in [other["recipe"] for other in rows]]
     text = table(rows, means)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", {"protocol": protocol, "rows": rows, "means": means})
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    pick = [c * n + j for c in (0, 8, 16, 21) for j in range(min(n, 4))]  # 4 captions × 4 seeds
-    save_pictures(torch.cat([pictures[pick] for pictures in shown]), out / "grid.png", len(pick),
-                  labels=[row["name"] for row in rows])
+    write_json(out / "results.json", {"protocol": protocol, "made": made, "rows": rows,
+                                      "means": means, "missing": meter.missing})
+    write_text(out / "table.md", text + "\n")
+    picks = torch.linspace(0, len(prompts) - 1, min(4, len(prompts))).long()  # × 4 seeds
+    shown = torch.cat([album.get([i for c in picks for i in groups[c][:4]]) for album in albums])
+    if shown.shape[-1] > 256:
+        shown = torch.nn.functional.interpolate(shown, (256, 256), mode="area")
+    save_pictures(shown, out / "grid.png", len(shown) // len(albums), labels=labels)
     print(text)
-    print(f"\n{n} samples for each of {len(prompts)} captions; {out}/results.json, {out}/grid.png")
+    for name, reason in meter.missing.items():
+        print(f"{name}: not measured, {reason}")
+    print(f"\n{n} samples for each of {len(prompts)} prompts; {out}/results.json, {out}/grid.png")
 
 
 if __name__ == "__main__":

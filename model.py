@@ -290,6 +290,17 @@ class Discriminator(torch.nn.Module):
         return [head(m) for head, m in zip(self.heads, [*maps, maps[-1].mean((2, 3))], strict=True)]
 
 
+def load_pipeline(preset, dtype, **parts):
+    """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components.
+    A folder without T5 loads only when it is told so."""
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils import logging
+    logging.disable_progress_bar()
+    without_t5 = {} if preset.text_length else {"text_encoder_3": None, "tokenizer_3": None}
+    return StableDiffusion3Pipeline.from_pretrained(
+        preset.source, torch_dtype=dtype, use_safetensors=True, **without_t5, **parts)
+
+
 def encode_prompts(preset, prompts, device, dtype=torch.float32, random_weights=False):
     """(embeds [N, L, D], pooled [N, P]) of prompts on the CPU,
     through the stock pipeline's encode_prompt.
@@ -304,16 +315,11 @@ def encode_prompts(preset, prompts, device, dtype=torch.float32, random_weights=
                                          generator=g) for g in drawn]).to(dtype),
                 torch.stack([torch.randn(shape["pooled_projection_dim"], generator=g)
                              for g in drawn]).to(dtype))
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-    from diffusers.utils import logging
-    logging.disable_progress_bar()
-    without_t5 = {} if preset.text_length else {"text_encoder_3": None, "tokenizer_3": None}
+    from diffusers import SD3Transformer2DModel
     with torch.device("meta"):  # encode_prompt reads the transformer's config, never its weights
         config_only = SD3Transformer2DModel.from_config(check_base(preset))
     with _hub(preset, "the text encoders"):
-        pipe = StableDiffusion3Pipeline.from_pretrained(
-            preset.source, transformer=config_only, vae=None, torch_dtype=dtype,
-            use_safetensors=True, **without_t5)
+        pipe = load_pipeline(preset, dtype, transformer=config_only, vae=None)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if encoder is not None:
             encoder.to(device)

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from losses import shift_sigma
 from run import (Run, UserError, command, load_optimizer, optimizer_tensors, option, parse_settings,
                  rng, save_whole)
 
@@ -336,7 +337,7 @@ def make_transformer(vae, tokenizer, encoders, settings):
         # dropout makes the unconditional branch
         caption[torch.rand(128, generator=generator) < 0.1] = len(CAPTIONS)
         u = torch.rand(128, generator=generator)
-        sigma = (shift * u / (1 + (shift - 1) * u))[:, None, None, None]
+        sigma = shift_sigma(u, shift)[:, None, None, None]
         noise = torch.randn(x0.shape, generator=generator)
         v = net(hidden_states=(1 - sigma) * x0 + sigma * noise, timestep=1000 * sigma.flatten(),
                 encoder_hidden_states=embeds[caption], pooled_projections=pooled[caption],
