@@ -82,7 +82,7 @@ def folders(variant, seed, root):
     """(Stage I folder, Stage II folder or None) of a variant: named by what was changed, so that
     variants share the runs they have in common."""
     def name(stage, arguments):
-        words = re.sub(r"[^\w.-]+", "-", arguments).replace("--", "-").strip("-")
+        words = re.sub(r"[^\w.]+", "-", arguments).strip("-")
         return "-".join(filter(None, (stage, words)))
     first = name("stage1", variant.stage1)
     second = None if variant.stage2 is None else name(

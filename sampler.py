@@ -58,10 +58,10 @@ def teacher_sigmas(scheduler, steps=TEACHER_STEPS):
     return scheduler.sigmas.cpu()
 
 
-def image_noise(seed, indices, shape):
-    """Start noise [B, C, H, W], each image from (seed, its index) alone:
-    the batch size changes no picture."""
-    return torch.stack([torch.randn(shape, generator=rng(seed, "image", int(i))) for i in indices])
+def image_noise(seed, indices, shape, who="image"):
+    """Start noise [B, C, H, W], each image from (seed, who, its index) alone: the batch size
+    changes no picture. who="training" has noises that no sample or evaluation ever uses."""
+    return torch.stack([torch.randn(shape, generator=rng(seed, who, int(i))) for i in indices])
 
 
 # ----------------------------------------------------------------------------- samplers

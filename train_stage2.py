@@ -236,7 +236,8 @@ def main(argv):
             for i, batch in enumerate(tqdm(batches, desc="references", disable=not world.first)):
                 if run.interrupted:
                     raise KeyboardInterrupt
-                x, prompt = image_noise(settings.seed, batch, shape).to(device), pages(i)
+                x = image_noise(settings.seed, batch, shape, "training").to(device)
+                prompt = pages(i)
                 latents.append(sample_guided(teacher, x, prompt, pages.uncond(len(x)), grid, w,
                                              init["alpha"])[0].cpu())
         return world.gather(torch.cat(latents))                                     # R×C×H×W
@@ -262,10 +263,11 @@ def main(argv):
 
         for m in micros:
             # ---- 1. all steps but the last: in full, no gradient; the first records Δ0
-            noise = image_noise(settings.seed, m["pick"], shape).to(device)       # B×C×H×W
+            noise = image_noise(settings.seed, m["pick"], shape, "training").to(device)
             prompt, last = (m["embeds"], m["pooled"]), sigmas[-2].item()
             with torch.no_grad():
-                x = roll_out(student, noise, prompt, sigmas[:-1], cache)[0][-1]   # at σ_N-1
+                x = roll_out(student, noise, prompt, sigmas[:-1],
+                             cache)[0][-1]                             # B×C×H×W at σ_N-1
 
             # Who learns in this turn; nobody else's gradients are touched. Only now, after a
             # forward: fully_shard takes a network that starts frozen for one that never learns.
