@@ -27,10 +27,12 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from cache import BlockCache
-from metrics import RealMeter, TinyMeter, Measured, compare, weights_hash
+from metrics import Measured, RealMeter, TinyMeter, compare, weights_hash
 from model import (Decoder, PromptBook, check_base, default_prompts, find_preset, load_transformer,
                    pick_device, read_prompts, save_pictures)
 from run import (MAY_CHANGE, UserError, command, option, parse_settings, read_json, rng, versions,
@@ -142,6 +144,11 @@ def table(rows, means):
 
 # ----------------------------------------------------------------------------- rows
 
+def safe(name):
+    """A name as one part of a path, whatever is in it."""
+    return re.sub("[^A-Za-z0-9.=-]+", "_", name).strip("._") or "unnamed"
+
+
 class Album:
     """The pictures of one row, image i at place i: in memory, or in a folder (real models), one PNG
     each, with images.jsonl telling prompt, seed and seconds of every one.
@@ -154,54 +161,43 @@ class Album:
         self.folder, self.pictures, self.lines = folder, {}, {}
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         stamp, self.log = folder / "about.json", folder / "images.jsonl"
         if stamp.exists() and read_json(stamp) != about:
             raise UserError(f"{folder} holds pictures of another recipe, seed, prompts or version; "
                             "give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(stamp, about)
         for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):   # a kill cuts a line off
+            # a kill cuts off lines, a full disk pictures; SyntaxError is PIL's word for that
+            with contextlib.suppress(ValueError, KeyError, TypeError, OSError, SyntaxError):
                 entry = json.loads(line)
-                if self._sound(entry["index"]):
-                    self.lines[entry["index"]] = entry
-        write_text(self.log, "".join(map(self._line, self.lines.values())))
+                with Image.open(self.path(entry["index"])) as image:
+                    image.load()
+                self.lines[entry["index"]] = entry
+        write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in self.lines.values()))
 
-    def _path(self, index):
+    def path(self, index):
+        """Where image `index` is kept: no prompt can name a file elsewhere."""
         return self.folder / f"{index:06d}.png"
 
-    def _sound(self, index):
-        from PIL import Image
-        with contextlib.suppress(OSError, SyntaxError):                  # PIL's word for a cut PNG
-            with Image.open(self._path(index)) as image:
-                image.load()
-            return True
-        return False
-
-    @staticmethod
-    def _line(entry):
-        return json.dumps(entry, ensure_ascii=False) + "\n"
-
     def put(self, index, picture, **told):
-        """Keeps picture [3, H, W]; told: prompt, seed, seconds."""
+        """Keeps picture [3, H, W]; told: prompt, seed, seconds, passes."""
         self.lines[index] = {"index": index, **told}
         if self.folder is None:
             self.pictures[index] = picture
             return
-        from PIL import Image
-        new = self.folder / ".new.png"
-        Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()).save(new)
-        os.replace(new, self._path(index))
+        pixels, new = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8), self.folder / ".new"
+        Image.fromarray(pixels.numpy()).save(new, format="PNG")
+        os.replace(new, self.path(index))
+        self.lines[index]["file"] = self.path(index).name
         with open(self.log, "a", encoding="utf-8") as file:
-            file.write(self._line({"file": self._path(index).name, **self.lines[index]}))
+            file.write(json.dumps(self.lines[index]) + "\n")
 
     def get(self, indices):
         """Pictures [n, 3, H, W] in [0, 1]."""
         if self.folder is None:
             return torch.stack([self.pictures[i] for i in indices])
-        import numpy as np
-        from PIL import Image
-        return torch.stack([torch.from_numpy(np.array(Image.open(self._path(i)).convert("RGB")))
+        return torch.stack([torch.from_numpy(np.array(Image.open(self.path(i)).convert("RGB")))
                             for i in indices]).permute(0, 3, 1, 2) / 255
 
     def seconds(self):
@@ -292,7 +288,7 @@ def main(argv):
         runs.append(Path("runs/tiny-stage2"))
     if not tiny_world and not (settings.checkpoint and settings.prompts):
         raise UserError("real models need --checkpoint RUN and --prompts FILE")
-    out = Path(settings.out or f"results/{re.sub('[^A-Za-z0-9.-]+', '_', preset.name)}")
+    out = Path(settings.out or f"results/{safe(preset.name)}")
     if out.is_file():
         raise UserError(f"--out {out} is a file; give a folder")
     recipes = {run: read_recipe(run) for run in runs}
@@ -369,9 +365,8 @@ def main(argv):
         rows.append({"name": "data", "recipe": {}, "steps": None, "nfe_blocks": None,
                      "nfe_flops": None, "seconds_per_image": None})
     for name, recipe, sampler in jobs():
-        safe = re.sub("[^A-Za-z0-9.=-]+", "_", name).strip("._")
         album = Album({"row": name, "recipe": recipe, "device": str(device), **pictures_of},
-                      None if tiny_world else out / "images" / safe)
+                      None if tiny_world else out / "images" / safe(name))
         fill(name, album, sampler)
         passes, counts = album.lines[0]["passes"], count_nfe(preset, recipe["span"],
                                                              recipe["steps"])

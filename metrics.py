@@ -108,6 +108,8 @@ def compare(pairs, teacher):
 def load(cls, source, **options):
     """cls.from_pretrained(source, ...), a network or a processor; UserError in one line if not.
     Only safetensors are read, and a file that leaves weights to chance is refused."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     network, missing = issubclass(cls, torch.nn.Module), ()
     try:
         loaded = cls.from_pretrained(source, **options, **(dict(

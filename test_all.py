@@ -23,9 +23,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark
 import cache
 import evaluate
 import losses
+import metrics
 import model
 import run
 import sampler
@@ -1141,10 +1143,192 @@ def test_evaluate_writes_the_table_and_the_picture(finished, tmp_path):
     assert results["protocol"]["samples_per_prompt"] == 2 and (tmp_path / "grid.png").exists()
 
 
+def test_results_of_another_protocol_are_refused_and_of_the_same_are_added(finished, tmp_path,
+                                                                           capsys):
+    """Catches one table of different seeds, n or feature networks, and a refusal after minutes."""
+    words = ["--checkpoint", str(finished), "--samples-per-prompt", "2", "--teacher", "no", "--out"]
+    (tmp_path / "two.txt").write_text("a red circle\na blue cross\n")
+    words = ["--prompts", str(tmp_path / "two.txt"), *words]
+    evaluate.main([*words, str(tmp_path / "a")])
+    path = tmp_path / "a" / "results.json"
+    other = json.loads(path.read_text())
+    other["rows"][1]["name"], other["rows"][1]["recipe"]["iteration"] = "older", 1
+    path.write_text(json.dumps(other))
+    evaluate.main([*words, str(tmp_path / "b"), "--add", str(path)])
+    rows = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["data", "finished", "older"], "the data came twice"
+    other["protocol"] |= {"seed": 7, "metric_backbone_sha256": "0"}
+    path.write_text(json.dumps(other))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*words, str(tmp_path / "c"), "--add", str(path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "seed is 7 there, 1 here" in error
+    assert "metric_backbone_sha256 is 0 there" in error and "commit" not in error
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.fixture(scope="session")
+def small_meters(tmp_path_factory):
+    """Options for evaluate.py: a CLIPModel and a Dinov2Model of reduced width, random weights."""
+    from transformers import (BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel,
+                              CLIPProcessor, Dinov2Config, Dinov2Model)
+    folder = tmp_path_factory.mktemp("meters")
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    size = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    tokenizer = tiny.make_tokenizer(folder / "tokenizer")
+    text = dict(**small, vocab_size=len(tokenizer), max_position_embeddings=8,
+                eos_token_id=tokenizer.eos_token_id)
+    for name in ("clip", "pickscore"):
+        CLIPModel(CLIPConfig(text_config=text, projection_dim=8, vision_config=dict(
+            **small, image_size=16, patch_size=8))).save_pretrained(folder / name)
+        CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder / name)
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                             image_size=16, patch_size=8)).save_pretrained(folder / "dino")
+    BitImageProcessor(**size).save_pretrained(folder / "dino")
+    return {name: folder / name for name in ("clip", "pickscore", "dino")}
+
+
+@pytest.fixture(scope="session")
+def small_evaluation(small_sd3, small_meters, tmp_path_factory):
+    """(command, OUT) of an evaluation of a real model's run, made once."""
+    folder = tmp_path_factory.mktemp("real")
+    train_stage1.main([*SMALL, "--model", str(small_sd3), "--iterations", "1",
+                       "--out", str(folder / "my run")])
+    (folder / "prompts.jsonl").write_text('{"prompt": "an old cat"}\n{"prompt": "a red ../fox"}\n')
+    words = ["--model", str(small_sd3), "--checkpoint", str(folder / "my run"),
+             "--prompts", str(folder / "prompts.jsonl"), "--samples-per-prompt", "3",
+             "--out", str(folder / "out")]
+    for name, path in small_meters.items():
+        words += [f"--{name}", str(path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "lpips", None)                     # as if not installed
+        evaluate.main(words)
+    return words, folder / "out"
+
+
+def test_real_models_are_measured_by_the_same_command(small_evaluation):
+    """From run and prompts to table, offline. Catches a column of one world asked of the other,
+    and pictures without prompt or seed."""
+    _, out = small_evaluation
+    results = json.loads((out / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == [
+        "teacher, w = 7 for sigma <= 0.94", "teacher, w = 7 everywhere", "teacher, no guidance",
+        "teacher at 2 steps, not distilled", "my run"]
+    student = results["rows"][-1]
+    for name in ("clip_score", "pick_score", "diversity", "frechet_to_teacher"):
+        assert math.isfinite(student[name]) and len(student[f"{name}_interval"]) == 2
+    assert abs(student["clip_score"]) <= 1 < abs(student["pick_score"] / student["clip_score"])
+    for name in ("prompt_accuracy", "usual_scene", "scene_entropy", "frechet_to_data", "lpips"):
+        assert student[name] is student[f"{name}_interval"] is None
+    assert "pip install lpips" in results["missing"]["lpips"]
+    assert student["speedup"] > 1 and results["rows"][1]["nfe_blocks"] == 56
+    assert {"clip_sha256", "dino_sha256", "resize", "commit"} <= results["protocol"].keys()
+    assert not {"date", "machine"} & results["protocol"].keys()
+    folder = out / "images" / "my_run"
+    lines = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["an old cat"] * 3 + ["a red ../fox"] * 3
+    assert {line["seed"] for line in lines} == {1} and lines[4]["file"] == "000004.png"
+    assert len(list(out.glob("images/*/*.png"))) == 5 * 6 and (out / "grid.png").exists()
+
+
+def test_an_interrupted_evaluation_makes_only_the_images_that_are_not_there(small_evaluation,
+                                                                            capsys):
+    """One lost, one cut, one whose line a kill cut off. Catches a whole second sampling, trust in
+    half a file, and pictures of another seed that pass for these."""
+    words, out = small_evaluation
+    folder, before = out / "images" / "my_run", json.loads((out / "results.json").read_text())
+    (folder / "000001.png").unlink()
+    os.truncate(folder / "000002.png", 60)
+    log = (folder / "images.jsonl").read_text()
+    (folder / "images.jsonl").write_text(log[:-30])
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("images/*/*.png")}
+    evaluate.main(words)
+    remade = {p.name for p in out.glob("images/*/*.png") if p.stat().st_mtime_ns != stamps.get(p)}
+    assert remade == {"000001.png", "000002.png", "000005.png"}
+    assert len((folder / "images.jsonl").read_text().splitlines()) == 6
+    after = json.loads((out / "results.json").read_text())
+    assert after["rows"][-1]["clip_score"] == pytest.approx(before["rows"][-1]["clip_score"],
+                                                            abs=1e-4)
+    assert after["rows"][0]["nfe_blocks"] == 51, "a row without a new image forgot its passes"
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*words, "--seed", "2"])
+    assert stop.value.code == 2 and "pictures of another recipe, seed" in capsys.readouterr().err
+
+
+def test_lpips_is_the_mean_over_all_pairs_of_a_prompt(small_meters, monkeypatch):
+    """With a stand-in of the package: catches pairs with oneself, and pictures left in [0, 1]."""
+    class Stub(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+
+        def forward(self, a, b):
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+    package = type(sys)("lpips")
+    package.LPIPS = Stub
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    meter = metrics.RealMeter(*small_meters.values())
+    levels = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 16, 16)
+    with torch.inference_mode():
+        values, features = meter(levels, "an old cat")
+    assert values["lpips"].item() == pytest.approx((1 + 2 + 1) / 3) and not meter.missing
+    assert features.shape == (3, 16)
+
+
+def test_a_meter_with_weights_that_do_not_fit_or_only_pickles_is_refused(small_meters, tmp_path):
+    """Catches a score by random weights, which transformers would give with a mere notice."""
+    from transformers import CLIPModel
+    with pytest.raises(run.UserError, match="of its weights are not there|cannot load"):
+        metrics.load(CLIPModel, small_meters["dino"])
+    fuse = tmp_path / "exploded"
+    shutil.copytree(small_meters["clip"], tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    (tmp_path / "clip" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(fuse)))
+    with pytest.raises(run.UserError, match="pickles are never opened"):
+        metrics.load(CLIPModel, tmp_path / "clip")
+    assert not fuse.exists()
+
+
+def test_frechet_is_the_distance_of_two_gaussians_by_hand():
+    """Means (0, 0) and (3, 4), variances (1, 1) and (4, 9) turned by 45°:
+    25 + (1 − 2)² + (1 − 3)² = 30. Catches a missing root and a wrong divisor."""
+    cross = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.double) * 1.5 ** 0.5
+    turn = torch.tensor([[1.0, 1], [-1, 1]], dtype=torch.double) / 2 ** 0.5
+    other = cross * torch.tensor([2, 3]) @ turn + torch.tensor([3, 4])
+    assert metrics.frechet(cross, other).item() == pytest.approx(30)
+    assert metrics.frechet(other.view(2, 2, 2), other).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_the_benchmark_times_the_cached_path_against_the_full_one(capsys):
     evaluate.main(["--benchmark", "--rounds", "1"])
     out = capsys.readouterr().out
     assert "1.667 steps, f" in out and "whole image, text and VAE too: 28×2" in out
+    assert "28×2 (56 × a batch of one)" in out
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
+                    reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_take_the_cache_on_and_off(teacher):
+    """Full, cached and full again, compiled against eager. Catches compiling the hooks with the
+    block: those that are set afterwards would never be called."""
+    import copy
+    x, prompt = inputs(teacher, batch=1)
+    compiled, f = copy.deepcopy(teacher), make_compensation(teacher.inner_dim)
+    torch.nn.init.normal_(f["image"].down.weight, std=0.02)
+    benchmark.compile_blocks(compiled)
+    found = []
+    for net in (teacher, compiled):
+        with torch.inference_mode():
+            full = sampler.roll_out(net, x, prompt, sampler.sigma_grid(2))[0][-1]
+            cache_on = BlockCache(net, "2-5", f)
+            cached = sampler.roll_out(net, x, prompt, sampler.sigma_grid(2), cache_on)[0][-1]
+            cache_on.remove()
+            again = sampler.roll_out(net, x, prompt, sampler.sigma_grid(2))[0][-1]
+        assert torch.equal(full, again) and not torch.allclose(full, cached, atol=1e-2)
+        found.append((full, cached))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
 
 
 def test_two_runs_are_compared_caption_by_caption():
@@ -1153,12 +1337,12 @@ def test_two_runs_are_compared_caption_by_caption():
     drawn = [tiny.draw(*tiny.sample_labels(48, seeded(), torch.arange(24).repeat_interleave(2)))
              for _ in range(2)]
     drawn[1][:12] = 0
-    good, bad = (evaluate.Measured(p, torch.arange(24).repeat_interleave(2),
-                                   evaluate.load_features(TINY)) for p in drawn)
-    same = evaluate.compare([(good, good)], good)
+    good, bad = (metrics.Measured(p.view(24, 2, 3, 32, 32), tiny.CAPTIONS,
+                                  metrics.TinyMeter(TINY)) for p in drawn)
+    same = metrics.compare([(good, good)], good)
     assert same["accuracy_points_interval"] == [0, 0] and same["entropy_ratio"] == 1
     assert same["frechet_change"] == pytest.approx(0, abs=1e-6)
-    worse = evaluate.compare([(bad, good), (good, good)], good)
+    worse = metrics.compare([(bad, good), (good, good)], good)
     assert worse["accuracy_points"] == pytest.approx(-12.5) and worse["frechet_change"] > 0
 
 
@@ -1195,6 +1379,7 @@ def bad_files(folder):
     (folder / "nul.txt").write_bytes(b"a red circle\na \0 circle\n")
     (folder / "long.txt").write_text("a red circle\n" + "a" * 10_001)
     (folder / "bad.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a red circle"}\n')
+    (folder / "words.txt").write_text("a pink elephant\n")
     (folder / "file").write_text("a file")
     (folder / "other").mkdir()
     (folder / "other" / "thesis.tex").write_text("precious")
@@ -1256,6 +1441,11 @@ def bad_files(folder):
     ("evaluate.py --checkpoint FOLDER/init", "init is"),
     ("sampler.py --checkpoint FOLDER/evil --out grid.txt", "give a file name that ends in .png"),
     ("evaluate.py --checkpoint FOLDER/nowhere", "there is no run folder"),
+    ("evaluate.py --checkpoint FOLDER/good --prompts FOLDER/words.txt", "the exact reader knows"),
+    ("evaluate.py --checkpoint FOLDER/good --add FOLDER/good/distill.json", "is no results.json"),
+    ("evaluate.py --checkpoint FOLDER/good FOLDER/other/../good", "have the same name"),
+    ("evaluate.py --model sd3-medium", "real models need --checkpoint RUN and --prompts FILE"),
+    ("evaluate.py --benchmark --rounds 0", "--rounds must be at least 1"),
     ("cache.py", "--checkpoint RUN is needed"),
     ("cache.py --checkpoint FOLDER/good --nfe 3", "--nfe must be at most 2"),
     ("train_stage2.py --init FOLDER/nowhere", "there is no run folder"),
@@ -1345,7 +1535,8 @@ def test_dry_run_prints_settings_and_writes_nothing(tmp_path, capsys):
 # ----------------------------------------------------------------------------- the text itself
 
 def test_every_public_function_and_class_has_a_docstring():
-    for module in (losses, model, cache, run, sampler, tiny, evaluate, train_stage1, train_stage2):
+    for module in (losses, model, cache, run, sampler, tiny, metrics, benchmark, evaluate,
+                   train_stage1, train_stage2):
         for name, thing in vars(module).items():
             if inspect.isfunction(thing) and thing.__module__ == module.__name__ \
                     and not name.startswith("_") and name != "main":
