@@ -262,7 +262,7 @@ class Discriminator(torch.nn.Module):
         super().__init__()
         from torch.nn.utils.parametrizations import spectral_norm
         from transformers import AutoConfig, ConvNextV2Backbone, ConvNextV2Config
-        if random_weights and preset.architecture:
+        if random_weights and not Path(preset.discriminator).exists():
             torch.manual_seed(0)
             self.backbone = ConvNextV2Backbone(ConvNextV2Config(  # the shape of ConvNeXtV2-base
                 depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024],

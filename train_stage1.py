@@ -72,7 +72,7 @@ class Settings:
     log_every: int = option(5, "iterations between lines of metrics.jsonl [ours]", low=1)
     device: str = option(None, "where to run (default: the fastest there is)",
                          choices=("cpu", "cuda", "mps"))
-    dry_run: bool = option(False, "print the resolved settings and stop")
+    dry_run: bool = option(False, "print the resolved settings and the memory plan and stop")
     overwrite: bool = option(False, "start again although the run folder holds a run")
     debug: bool = option(False, "show tracebacks")
 
@@ -121,7 +121,11 @@ def main(argv):
     if settings.resolution and (settings.resolution % unit or settings.resolution > largest):
         raise UserError(f"--resolution {settings.resolution} is not a multiple of {unit} up to "
                         f"{largest}")
+    side = settings.resolution // factor if settings.resolution else config["sample_size"]
+    B, N, shape = settings.batch_size, settings.steps, (config["in_channels"], side, side)
     if settings.dry_run:
+        from plan import plan
+        print(plan(1, preset, config, settings, shape, N))
         return
     resolved["device"] = str(device)
     resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
@@ -147,14 +151,11 @@ def main(argv):
 
     start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
-    B, N = settings.batch_size, settings.steps
-    side = settings.resolution // factor if settings.resolution else config["sample_size"]
-    shape = (config["in_channels"], side, side)                           # C, H, W
     recipe = recipe_of(preset, 1, N, settings.alpha, settings.guidance, shape, settings.resolution,
                        settings.random_weights)
     if world.first and not recipe_file.exists():
         write_json(recipe_file, recipe)
-    sigmas = sigma_grid(N)                                                # N + 1 levels, 1 … 0
+    sigmas = sigma_grid(N)                                      # N + 1 levels, 1 … 0
     curves = {"fake": importance_curve("uniform"), "student": importance_curve(settings.importance)}
 
     def drawn_prompts(i):                                       # this process's share of B

@@ -18,6 +18,7 @@ import hashlib
 import time
 
 from functools import partial
+from pathlib import Path
 
 from run import (Patience, Run, UserError, World, check_batch, command, option, parse_settings,
                  processes, rng, save_whole, update, write_json)
@@ -66,7 +67,7 @@ class Settings:
     sample_every: int = option(100, "iterations between sample grids [ours]", low=1)
     log_every: int = option(10, "iterations between lines of metrics.jsonl [ours]", low=1)
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
-    dry_run: bool = option(False, "print the resolved settings and stop")
+    dry_run: bool = option(False, "print the resolved settings and the memory plan and stop")
     overwrite: bool = option(False, "start again although the run folder holds a run")
     debug: bool = option(False, "show tracebacks")
 
@@ -125,8 +126,13 @@ def main(argv):
     # ================================================================== set up
     device = pick_device(settings.device)
     prompts = choose_prompts(preset, settings.prompts)
-    config = check_base(preset, settings.random_weights)
-    init = read_recipe(settings.init, settings.random_weights)
+    offline = settings.random_weights or settings.dry_run       # real weights cannot be had
+    config = check_base(preset, offline)
+    if settings.dry_run and not Path(settings.init).exists():   # planned before Stage I has run
+        init = {"base": preset.name, "stage": 1, "steps": 2,
+                "latent_shape": [config["in_channels"], *[config["sample_size"]] * 2]}
+    else:
+        init = read_recipe(settings.init, offline)
     if init["base"] != preset.name:
         raise UserError(f"{settings.init} was distilled from {init['base']}, "
                         f"not from {preset.name}")
@@ -148,7 +154,12 @@ def main(argv):
                             f"size than --init {settings.init}")
     resolved = dataclasses.asdict(settings)
     print("\n".join(f"  {key:24}{value}" for key, value in resolved.items()))
+    with_lora = (partial(add_lora, rank=settings.lora_rank, seed=settings.seed)
+                 if settings.lora_rank else lambda net: net)
     if settings.dry_run:
+        from plan import plan
+        print(plan(2, preset, config, settings, init["latent_shape"], steps,
+                   settings.cached_blocks if cached else None, with_lora))
         return
     resolved |= {"device": str(device),                         # another --init is another run
                  "started_from": [init[key] for key in ("iteration", "alpha", "guidance")]}
@@ -168,8 +179,6 @@ def main(argv):
     decode = Decoder(preset, device, settings.random_weights, settings.gradient_checkpointing)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    with_lora = (partial(add_lora, rank=settings.lora_rank, seed=settings.seed)
-                 if settings.lora_rank else lambda net: net)
     student = place(with_lora(student), device, world)
     cache = BlockCache(student, span, compensation) if cached else None
 
