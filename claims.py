@@ -128,8 +128,8 @@ def gather(rows, variant, seeds, root, suffix=""):
     found = [row for name in names for row in rows if row["name"] == name]
     if len(found) != len(names):
         return None                                     # this variant has no such path
-    values = {key: torch.tensor([row["by_caption"][key] for row in found])
-              for key in found[0]["by_caption"]}
+    values = {key: torch.tensor([row["by_prompt"][key] for row in found])
+              for key in found[0]["by_prompt"]}
     return values | {"frechet": torch.tensor([row["frechet_to_teacher"] for row in found]),
                      "nfe": found[0]["nfe_blocks"]}
 
@@ -233,7 +233,7 @@ def teacher_values(rows, seeds):
     """The α-guided teacher's row, repeated for each training seed: it has no training of ours."""
     import torch
     row = next(row for row in rows if row["name"].startswith("teacher, w") and "<=" in row["name"])
-    return {key: torch.tensor([row["by_caption"][key]] * seeds) for key in row["by_caption"]}
+    return {key: torch.tensor([row["by_prompt"][key]] * seeds) for key in row["by_prompt"]}
 
 
 def plot(path, x, series):

@@ -330,11 +330,12 @@ def main(argv):
     # ------------------------------------------------------------------ sampling, row by row
     def jobs():
         yield from teacher_rows(preset, first, settings.teacher, device)
-        spans = [recipe["cached_blocks"] for recipe in recipes.values() if recipe["cached_blocks"]]
+        # a Stage I run is shown with the span that the first of its Stage II runs skips, too
+        spans = {Path(recipe.get("init") or "").name: recipe["cached_blocks"]
+                 for recipe in reversed(recipes.values()) if recipe["cached_blocks"]}
         for run, recipe in recipes.items():
-            span = recipe["cached_blocks"] or (
-                spans[0] if spans and recipe["steps"] > 1 else None)
-            yield from run_rows(run, recipe, preset, span, device)
+            yield from run_rows(run, recipe, preset, recipe["cached_blocks"] or spans.get(run.name),
+                                device)
 
     def fill(name, album, sampler):
         """Samples the pictures of a row that its album does not hold yet."""
@@ -389,6 +390,8 @@ def main(argv):
     for i, row in enumerate(tqdm(rows, desc="intervals", leave=False)):
         row.update({key: None for name in MEASURES for key in (name, f"{name}_interval")})
         row.update(measured[i].row(guided, data))
+        row["by_prompt"] = {name: [round(v, 6) for v in values.tolist()]
+                            for name, values in measured[i].by_prompt.items()}
         own = row["seconds_per_image"]
         row["speedup"] = slowest / own if slowest and own else None
         if row["recipe"].get("run"):

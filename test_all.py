@@ -1429,6 +1429,47 @@ def test_two_runs_are_compared_caption_by_caption():
     assert worse["accuracy_points"] == pytest.approx(-12.5) and worse["frechet_change"] > 0
 
 
+# ----------------------------------------------------------------------------- claims
+
+def test_claims_share_runs_and_train_stage_one_first(capsys):
+    """A variant that names its folder wrongly would be judged by another variant's run."""
+    claims.main(["--dry-run", "--only", "1", "3", "alpha", "--seeds", "7"])
+    lines = capsys.readouterr().out.splitlines()
+    out = [line.split("--out ")[1].split()[0] for line in lines[:-1]]
+    assert len(out) == len(set(out))
+    assert set(out) == set(lines[-1].split("--checkpoint ")[1].split())
+    stages = ["train_stage2" in line for line in lines[:-1]]
+    assert stages == sorted(stages) and any(stages)
+    assert "runs/claims/stage1-alpha-0.98-seed7" in out
+    assert "runs/claims/stage2-fit-iterations-0-seed7" in out
+
+
+@pytest.mark.parametrize("mean, spread, verdict", [
+    (-0.3, 0.01, "holds"), (-1.7, 0.01, "does not hold"), (-1.0, 0.3, "not decided")])
+def test_a_claim_is_judged_by_its_interval_over_seeds_and_captions(mean, spread, verdict):
+    """A verdict from the point estimate alone would call noise a result."""
+    g = torch.Generator().manual_seed(0)
+    difference = (mean + spread * torch.randn(3, 24, generator=g)) / 100
+    difference += mean / 100 - difference.mean()
+    a, b = ({"prompt_accuracy": x} for x in (0.9 + difference, torch.full((3, 24), 0.9)))
+    value, low, high, found = claims.judge(claims.points(a, b), "at least", -1, 3, 24)
+    assert value == pytest.approx(mean, abs=1e-3) and low < value < high and found == verdict
+
+
+def test_claims_reads_its_rows_by_seed_and_path():
+    """Rows of another seed or path must not enter a claim; a missing path leaves its line out."""
+    def row(name, level):
+        return {"name": name, "nfe_blocks": 2.0, "frechet_to_teacher": level, "by_prompt": {
+            key: [level] * 24 for key in ("prompt_accuracy", "usual_scene", "scene_entropy",
+                                          "diversity")}}
+    rows = [row("stage1-seed1", 0.5), row("stage1-seed2", 0.7), row("stage1-alpha-1-seed1", 0.1),
+            row("stage1-alpha-1-seed2", 0.3), row("stage1-seed3", 9.0)]
+    text = claims.report("1", claims.EXPERIMENTS["1"][1], rows, [1, 2], "runs/claims")
+    assert "| Stage I | 2 | 0.600 ± 0.141" in text and "**" in text and "9.0" not in text
+    assert "0.33 [" in text                                     # mean 0.2 over mean 0.6
+    assert claims.gather(rows, claims.STAGE1, [1, 2], "r", ", plain reuse") is None
+
+
 @pytest.fixture
 def small_world(monkeypatch):
     """The miniature with one radius: 4,704 pictures to encode instead of 84,000."""

@@ -20,7 +20,6 @@ Dimension key: B batch, C latent channels, H W latent size, N student steps.
 import dataclasses
 import hashlib
 import time
-
 from functools import partial
 
 from run import (Patience, Run, UserError, World, check_batch, command, option, parse_settings, rng,

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-
 from functools import partial
 from pathlib import Path
 
