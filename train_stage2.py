@@ -192,8 +192,10 @@ def main(argv):
                   for name in networks}
     start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
+    side = init["latent_shape"][1]
     recipe = recipe_of(preset, 2, steps, init["alpha"], init["guidance"], init["latent_shape"],
-                       random_weights=settings.random_weights)
+                       side * decode.factor if side != config["sample_size"] else None,
+                       settings.random_weights)
     recipe["init"] = settings.init
     if cached:
         recipe |= {"cached_blocks": settings.cached_blocks, "compensation": learns_f,
