@@ -69,9 +69,8 @@ def main(argv):
     torch.manual_seed(0)
     f = make_compensation(net.inner_dim).to(device, dtype)
     side = settings.resolution // 8 if settings.resolution else c.sample_size
-    tokens = 77 + preset.text_length if preset.text_length else 8
     x = torch.randn(1, c.in_channels, side, side, device=device)
-    prompt = (torch.randn(1, tokens, c.joint_attention_dim, device=device, dtype=dtype),
+    prompt = (torch.randn(1, preset.tokens, c.joint_attention_dim, device=device, dtype=dtype),
               torch.randn(1, c.pooled_projection_dim, device=device, dtype=dtype))
     two = [torch.cat([part, part]) for part in (x, *prompt)]
     sigmas, ideal = sigma_grid(2), nfe(2, span, c.num_layers)
@@ -94,7 +93,7 @@ def main(argv):
                        "1.67": cached(lambda cache: roll_out(net, x, prompt, sigmas, cache))},
                       settings.rounds, device)
     print(f"{preset.name}, {dtype}, {device}{', compiled blocks' if settings.compile else ''}, "
-          f"latents {side}×{side}, {tokens} text tokens, "
+          f"latents {side}×{side}, {preset.tokens} text tokens, "
           f"medians of {settings.rounds} alternated rounds, {versions()}")
     teacher = {"28×2 (28 × a batch of two)": TEACHER_STEPS * t["guided"],
                "28×2 (56 × a batch of one)": TEACHER_STEPS * t["apart"]}

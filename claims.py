@@ -114,7 +114,6 @@ def execute(line, threads=None):
         sys.stderr.write(done.stdout[-2000:] + done.stderr[-2000:])
         raise UserError(f"python {line} ended with exit code {done.returncode}; "
                         "type the same command again to go on")
-    return done.stdout
 
 
 # ----------------------------------------------------------------------------- what it says

@@ -53,6 +53,11 @@ class Preset:
     picture_mean: tuple = (0.485, 0.456, 0.406)              # what that backbone was trained on
     picture_std: tuple = (0.229, 0.224, 0.225)
 
+    @property
+    def tokens(self):
+        """L, the text tokens of a prompt: 77 of CLIP and T5's, or the miniature's 8."""
+        return 77 + self.text_length if self.text_length else 8
+
 
 _SD3 = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
             num_attention_heads=24, attention_head_dim=64, joint_attention_dim=4096,
@@ -311,7 +316,7 @@ def encode_prompts(preset, prompts, device, dtype=torch.float32, random_weights=
     if random_weights and preset.architecture:
         shape = preset.architecture
         drawn = [rng(0, "prompt", text) for text in prompts]
-        return (torch.stack([torch.randn(77 + preset.text_length, shape["joint_attention_dim"],
+        return (torch.stack([torch.randn(preset.tokens, shape["joint_attention_dim"],
                                          generator=g) for g in drawn]).to(dtype),
                 torch.stack([torch.randn(shape["pooled_projection_dim"], generator=g)
                              for g in drawn]).to(dtype))

@@ -10,12 +10,12 @@ Plans are for CUDA (bf16 autocast, fp32 weights that learn) unless --device cpu 
 Bytes; GB = 1e9 bytes. P parameters, b samples at a time on one GPU.
 """
 
-import contextlib
 
 import torch
 
 from cache import BlockCache, make_compensation
 from model import Decoder, Discriminator
+from sampler import forward_flops
 
 GB, GPU = 1e9, 80e9         # the GPU that plans are made for
 ROOM = 6e9                  # [ours] of it left free: CUDA context, libraries, fragments
@@ -80,24 +80,6 @@ def block_bytes(net, tokens, half):
     return [found.get(kind, next(iter(found.values()))) for kind in kinds]
 
 
-def forward_flops(net, shape, text, span=None):
-    """FLOPs of one pass for one sample: (full, with the span reused through f)."""
-    from torch.utils.flop_counter import FlopCounterMode
-    c = net.config
-    with torch.device("meta"), torch.no_grad():
-        call = dict(hidden_states=torch.zeros(1, *shape), timestep=torch.zeros(1),
-                    encoder_hidden_states=torch.zeros(1, text, c.joint_attention_dim),
-                    pooled_projections=torch.zeros(1, c.pooled_projection_dim), return_dict=False)
-        cache = BlockCache(net, span, make_compensation(net.inner_dim)) if span else None
-        flops = []
-        for mode in ("record", "reuse") if cache else (None,):
-            with FlopCounterMode(display=False) as counter, \
-                    cache.step(mode) if cache else contextlib.nullcontext():
-                net(**call)
-            flops.append(counter.get_total_flops())
-    return flops[0], flops[-1]
-
-
 def state_of(stage, net, half, f=None, discriminator=None):
     """{what: (bytes, whether FSDP shards it)}; gradients of student and fake score never live at
     once, nor do the discriminator's and the generator's."""
@@ -125,10 +107,16 @@ def state_of(stage, net, half, f=None, discriminator=None):
 
 def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lambda net: net):
     """The plan of a run as text. shape: latents C, H, W; prepare: what adds LoRA."""
-    half, text = settings.device != "cpu", 77 + preset.text_length if preset.text_length else 8
+    half = settings.device != "cpu"
     net = prepare(meta_transformer(config))
-    tokens = shape[1] * shape[2] // config["patch_size"] ** 2, text
-    full, later = forward_flops(meta_transformer(config), shape, text, span)
+    tokens = shape[1] * shape[2] // config["patch_size"] ** 2, preset.tokens
+    bare, ratio = meta_transformer(config), 1.0
+    full = forward_flops(bare, shape, preset.tokens)
+    if span:                            # the share of a pass that is left when the span is reused
+        with torch.device("meta"):
+            cache = BlockCache(bare, span, make_compensation(bare.inner_dim))
+        forward_flops(bare, shape, preset.tokens, cache, "record")
+        ratio = forward_flops(bare, shape, preset.tokens, cache, "reuse") / full
     kept = block_bytes(meta_transformer(config), tokens, half)
     most = max(n for n, _ in kept)
     if stage == 2 and span:
@@ -196,7 +184,7 @@ def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lam
             else bytes_of(weights, 4) + learning + state["f with optimiser"][0])
     lines.append(f"  disk: {disk / GB:.1f} GB a checkpoint, three while one is written; student/ "
                  f"{bytes_of(meta_transformer(config).parameters(), 2) / GB:.1f} GB")
-    ratio, again = later / full, int(settings.gradient_checkpointing)
+    again = int(settings.gradient_checkpointing)
     # A pass counts 1, with its backward 3, recomputed in backward 4.
     turns = {"an iteration": steps + (3 + again) * 2 + 2 + 1} if stage == 1 else {
         "D's turn": steps - 1 + ratio, "G's turn": steps - 1 + (3 + again) * ratio}

@@ -215,6 +215,20 @@ class Gallery:
 
 # ----------------------------------------------------------------------------- NFE meter
 
+def forward_flops(net, shape, tokens, cache=None, mode="full"):
+    """FLOPs of one forward of a transformer on the meta device, for one sample of latents `shape`
+    [C, H, W] and `tokens` text tokens; with a cache, of the step that mode names."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        call = dict(hidden_states=torch.zeros(1, *shape), timestep=torch.zeros(1),
+                    encoder_hidden_states=torch.zeros(1, tokens, net.config.joint_attention_dim),
+                    pooled_projections=torch.zeros(1, net.config.pooled_projection_dim))
+        with (torch.no_grad(), FlopCounterMode(display=False) as counter,
+              cache.step(mode) if cache else contextlib.nullcontext()):
+            net(**call, return_dict=False)
+    return counter.get_total_flops()
+
+
 def count_nfe(preset, span, steps=2):
     """{"blocks", "flops", "flops_with_f"}: network evaluations of a student with span "n-m" or
     None.
@@ -222,30 +236,20 @@ def count_nfe(preset, span, steps=2):
     Counted on meta tensors, so without weights or GPU, at the preset's own picture size and text
     length. One evaluation is one full forward of the same network; f's cost shows in the last only.
     """
+    if not span:
+        return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
     from diffusers import SD3Transformer2DModel
-    from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         net = SD3Transformer2DModel.from_config(preset.architecture or check_base(preset)).eval()
-        c, text = net.config, 77 + preset.text_length if preset.text_length else 8
-        call = dict(hidden_states=torch.zeros(1, c.in_channels, c.sample_size, c.sample_size),
-                    timestep=torch.zeros(1), return_dict=False,
-                    encoder_hidden_states=torch.zeros(1, text, c.joint_attention_dim),
-                    pooled_projections=torch.zeros(1, c.pooled_projection_dim))
-
-        def forward(cache=None, mode="full"):
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                with cache.step(mode) if cache else contextlib.nullcontext():
-                    net(**call)
-            return counter.get_total_flops()
-
-        full, later = forward(), {}
-        if not span:
-            return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
-        for name, f in (("flops", None), ("flops_with_f", make_compensation(net.inner_dim))):
-            cache = BlockCache(net, span, f)
-            forward(cache, "record")
-            later[name] = 1 + (steps - 1) * forward(cache, "reuse") / full
-            cache.remove()
+        f = make_compensation(net.inner_dim)
+    c, later = net.config, {}
+    of = (net, (c.in_channels, c.sample_size, c.sample_size), preset.tokens)
+    full = forward_flops(*of)
+    for name, use in (("flops", None), ("flops_with_f", f)):
+        cache = BlockCache(net, span, use)
+        forward_flops(*of, cache, "record")
+        later[name] = 1 + (steps - 1) * forward_flops(*of, cache, "reuse") / full
+        cache.remove()
     return {"blocks": nfe(steps, parse_span(span, c.num_layers), c.num_layers), **later}
 
 
