@@ -427,7 +427,11 @@ class Run:
 
     def log(self, iteration, **values):
         """Appends one line to metrics.jsonl, means over the processes, and returns them.
-        Values that are not finite become null: JSON has no NaN."""
+        Values that are not finite become null: JSON has no NaN. On a GPU peak_gb, what plan.py
+        predicts, joins them."""
+        if self.world.device.type == "cuda":
+            import torch
+            values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         line, values = {"iteration": iteration}, self.world.mean(values)
         for key, value in values.items():
             line[key] = round(value, 6) if math.isfinite(value) else None

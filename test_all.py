@@ -1275,13 +1275,12 @@ def small_meters(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_evaluation(small_sd3, small_meters, tmp_path_factory):
-    """(command, OUT) of an evaluation of a real model's run, made once."""
+    """(command, OUT) of an evaluation of a real model's two stages, made once."""
     folder = tmp_path_factory.mktemp("real")
-    train_stage1.main([*SMALL, "--model", str(small_sd3), "--iterations", "1",
-                       "--out", str(folder / "my run")])
+    trained(small_sd3, folder, folder)
     (folder / "prompts.jsonl").write_text('{"prompt": "an old cat"}\n{"prompt": "a red ../fox"}\n')
-    words = ["--model", str(small_sd3), "--checkpoint", str(folder / "my run"),
-             "--prompts", str(folder / "prompts.jsonl"), "--samples-per-prompt", "3",
+    words = ["--model", str(small_sd3), "--checkpoint", str(folder / "stage1"),
+             str(folder / "stage2"), "--prompts", str(folder / "prompts.jsonl"), "--samples-per-prompt", "3",
              "--out", str(folder / "out")]
     for name, path in small_meters.items():
         words += [f"--{name}", str(path)]
@@ -1298,8 +1297,11 @@ def test_real_models_are_measured_by_the_same_command(small_evaluation):
     results = json.loads((out / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == [
         "teacher, w = 7 for sigma <= 0.94", "teacher, w = 7 everywhere", "teacher, no guidance",
-        "teacher at 2 steps, not distilled", "my run"]
-    student = results["rows"][-1]
+        "teacher at 2 steps, not distilled", "stage1", "stage1, plain reuse",
+        "stage1, span skipped", "stage2", "stage2, no cache", "stage2, plain reuse"]
+    assert [row["nfe_blocks"] for row in results["rows"][4:]] == [2, 1.5, 1.5, 1.5, 2, 1.5]
+    assert len({row["pick_score"] for row in results["rows"]}) == 10, "two paths are one"
+    student = results["rows"][7]
     for name in ("clip_score", "pick_score", "diversity", "frechet_to_teacher"):
         assert math.isfinite(student[name]) and len(student[f"{name}_interval"]) == 2
     assert abs(student["clip_score"]) <= 1 < abs(student["pick_score"] / student["clip_score"])
@@ -1309,11 +1311,11 @@ def test_real_models_are_measured_by_the_same_command(small_evaluation):
     assert student["speedup"] > 1 and results["rows"][1]["nfe_blocks"] == 56
     assert {"clip_sha256", "dino_sha256", "resize", "commit"} <= results["protocol"].keys()
     assert not {"date", "machine"} & results["protocol"].keys()
-    folder = out / "images" / "my_run"
+    folder = out / "images" / "stage2_plain_reuse"
     lines = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["an old cat"] * 3 + ["a red ../fox"] * 3
     assert {line["seed"] for line in lines} == {1} and lines[4]["file"] == "000004.png"
-    assert len(list(out.glob("images/*/*.png"))) == 5 * 6 and (out / "grid.png").exists()
+    assert len(list(out.glob("images/*/*.png"))) == 10 * 6 and (out / "grid.png").exists()
 
 
 def test_an_interrupted_evaluation_makes_only_the_images_that_are_not_there(small_evaluation,
@@ -1321,7 +1323,7 @@ def test_an_interrupted_evaluation_makes_only_the_images_that_are_not_there(smal
     """One lost, one cut, one whose line a kill cut off. Catches a whole second sampling, trust in
     half a file, and pictures of another seed that pass for these."""
     words, out = small_evaluation
-    folder, before = out / "images" / "my_run", json.loads((out / "results.json").read_text())
+    folder, before = out / "images" / "stage2_plain_reuse", json.loads((out / "results.json").read_text())
     (folder / "000001.png").unlink()
     os.truncate(folder / "000002.png", 60)
     log = (folder / "images.jsonl").read_text()
