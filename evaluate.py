@@ -35,8 +35,8 @@ from cache import BlockCache
 from metrics import Measured, RealMeter, TinyMeter, compare, weights_hash
 from model import (Decoder, PromptBook, check_base, default_prompts, find_preset, load_transformer,
                    pick_device, read_prompts, save_pictures)
-from run import (MAY_CHANGE, UserError, command, option, parse_settings, read_json, rng, versions,
-                 write_json, write_text)
+from run import (UserError, command, option, parse_settings, read_json, rng, versions, write_json,
+                 write_text)
 from sampler import (TEACHER_STEPS, count_nfe, image_noise, load_scheduler, load_student,
                      read_recipe, roll_out, sample_guided, sigma_grid, teacher_sigmas)
 
@@ -73,38 +73,9 @@ class Settings:
 
 # ----------------------------------------------------------------------------- the table
 
-def same_but_for_seed(run, path):
-    """A key that runs share whose settings differ in seed, folders and pace of saving only."""
-    settings = read_json(run / "settings.json")["settings"]
-    ignored = MAY_CHANGE - {"iterations"} | {"seed", "init"}
-    return path, json.dumps({k: v for k, v in settings.items() if k not in ignored})
-
-
-def mean_rows(rows, measured, teacher):
-    """For runs that differ in their seed alone: mean and standard deviation over the runs, and
-    compare() of all of them."""
-    groups, result = {}, []
-    for i, row in enumerate(rows):
-        if row["recipe"].get("run"):
-            key = same_but_for_seed(Path(row["recipe"]["run"]), row["recipe"]["path"])
-            groups.setdefault(key, []).append(i)
-    for members in (group for group in groups.values() if len(group) > 1):
-        mean = {"runs": [rows[i]["name"] for i in members]}
-        for measure in MEASURES:
-            values = [rows[i][measure] for i in members]
-            if None not in values:
-                mean[measure] = torch.tensor(values).mean().item()
-                mean[f"{measure}_std"] = torch.tensor(values).std().item()
-        if all("against" in rows[i] for i in members):
-            mean["against"] = compare([(measured[i], measured[rows[i]["against"]["row"]])
-                                       for i in members], teacher)
-        result.append(mean)
-    return result
-
-
-def table(rows, means):
-    """The rows as a Markdown table with intervals in brackets, what changed against each run's own
-    Stage I, then the means over training seeds."""
+def table(rows):
+    """The rows as a Markdown table with intervals in brackets, then what changed against each run's
+    own Stage I."""
     def cell(row, column):
         value = row[column]
         if value is None or isinstance(value, str):
@@ -121,7 +92,6 @@ def table(rows, means):
                                          ("frechet_change", 3))
                           for interval in [against[f"{key}_interval"]])
     columns = [c for c in COLUMNS if any(row[c] is not None for row in rows)]
-    measures = [c for c in columns if c in MEASURES]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(cell(row, column) for column in columns) + " |" for row in rows]
     compared = [row for row in rows if row.get("against", {}).get("name") not in (None,
@@ -131,14 +101,6 @@ def table(rows, means):
                   "|" + " --- |" * 5]
         lines += [f"| {row['name']} | {row['against']['name']} | {change(row['against'])} |"
                   for row in compared]
-    if means:
-        lines += ["", "| mean ± std over runs | " + " | ".join(measures)
-                  + " | accuracy, points | entropy, ratio | Fréchet, change |",
-                  "|" + " --- |" * (len(measures) + 4)]
-    for mean in means:
-        lines.append(f"| {', '.join(mean['runs'])} | " + " | ".join(
-            f"{mean[m]:.3f} ± {mean[f'{m}_std']:.3f}" if m in mean else "" for m in measures)
-            + f" | {change(mean['against']) if 'against' in mean else ' | | '} |")
     return "\n".join(lines)
 
 
@@ -398,17 +360,16 @@ def main(argv):
             own = Path(row["recipe"]["run"])
             base = stage1.get(Path(recipes[own].get("init") or own).name)
             if base is not None:
-                row["against"] = {"name": rows[base]["name"], "row": base,
-                                  **compare([(measured[i], measured[base])], guided)}
+                row["against"] = {"name": rows[base]["name"],
+                                  **compare(measured[i], measured[base], guided)}
 
     # ------------------------------------------------------------------ the result
-    means = mean_rows(rows, measured, guided)
     labels = [row["name"] for row in rows]
     rows += [row for row in added if row["recipe"] not in [other["recipe"] for other in rows]]
-    text = table(rows, means)
+    text = table(rows)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", {"protocol": protocol, "made": made, "rows": rows,
-                                      "means": means, "missing": meter.missing})
+                                      "missing": meter.missing})
     write_text(out / "table.md", text + "\n")
     picks = torch.linspace(0, len(prompts) - 1, min(4, len(prompts))).long()  # × 4 seeds
     shown = torch.cat([album.get([i for c in picks for i in groups[c][:4]]) for album in albums])

@@ -74,32 +74,27 @@ class Measured:
         return row
 
 
-def compare(pairs, teacher):
-    """What changed from a run's Stage I to the run, as a mean over pairs (run, its Stage I run) of
-    Measured; both saw the same prompts and noises, so intervals resample prompts of both alike.
+def compare(run, base, teacher):
+    """What changed from base, a run's Stage I, to the run, both Measured on the same prompts and
+    noises, so the intervals resample prompts of both alike.
 
     Returns accuracy in points, the ratio of scene entropies (both None for real models) and the
     change of the Fréchet distance to the teacher (None without one), each with its interval.
     """
-    def points(i):
-        return 100 * sum((a.by_prompt["prompt_accuracy"] - b.by_prompt["prompt_accuracy"])[i]
-                         for a, b in pairs).mean() / len(pairs)
-
-    def ratio(i):
-        one, other = (sum(p[k].by_prompt["scene_entropy"][i].mean() for p in pairs) for k in (0, 1))
-        return one / other
-
-    def change(i):
-        at = teacher.features[i]
-        return sum(frechet(a.features[i], at) - frechet(b.features[i], at)
-                   for a, b in pairs) / len(pairs)
-    result, prompts = {}, len(pairs[0][0].features)
-    exact = "prompt_accuracy" in pairs[0][0].by_prompt
-    for name, statistic, rounds, applies in (("accuracy_points", points, 1000, exact),
-                                             ("entropy_ratio", ratio, 1000, exact),
-                                             ("frechet_change", change, 200, teacher)):
-        result[name] = float(statistic(torch.arange(prompts))) if applies else None
-        result[f"{name}_interval"] = bootstrap(statistic, prompts, rounds) if applies else None
+    a, b, exact = run.by_prompt, base.by_prompt, "prompt_accuracy" in run.by_prompt
+    statistics = {
+        "accuracy_points": exact and (
+            lambda i: 100 * (a["prompt_accuracy"] - b["prompt_accuracy"])[i].mean()),
+        "entropy_ratio": exact and (
+            lambda i: a["scene_entropy"][i].mean() / b["scene_entropy"][i].mean()),
+        "frechet_change": teacher and (
+            lambda i: (frechet(run.features[i], teacher.features[i])
+                       - frechet(base.features[i], teacher.features[i])))}
+    result, prompts = {}, len(run.features)
+    for name, statistic in statistics.items():
+        rounds = 200 if name == "frechet_change" else 1000
+        result[name] = float(statistic(torch.arange(prompts))) if statistic else None
+        result[f"{name}_interval"] = bootstrap(statistic, prompts, rounds) if statistic else None
     return result
 
 

@@ -1280,8 +1280,8 @@ def small_evaluation(small_sd3, small_meters, tmp_path_factory):
     trained(small_sd3, folder, folder)
     (folder / "prompts.jsonl").write_text('{"prompt": "an old cat"}\n{"prompt": "a red ../fox"}\n')
     words = ["--model", str(small_sd3), "--checkpoint", str(folder / "stage1"),
-             str(folder / "stage2"), "--prompts", str(folder / "prompts.jsonl"), "--samples-per-prompt", "3",
-             "--out", str(folder / "out")]
+             str(folder / "stage2"), "--prompts", str(folder / "prompts.jsonl"),
+             "--samples-per-prompt", "3", "--out", str(folder / "out")]
     for name, path in small_meters.items():
         words += [f"--{name}", str(path)]
     with pytest.MonkeyPatch.context() as patch:
@@ -1323,7 +1323,8 @@ def test_an_interrupted_evaluation_makes_only_the_images_that_are_not_there(smal
     """One lost, one cut, one whose line a kill cut off. Catches a whole second sampling, trust in
     half a file, and pictures of another seed that pass for these."""
     words, out = small_evaluation
-    folder, before = out / "images" / "stage2_plain_reuse", json.loads((out / "results.json").read_text())
+    folder = out / "images" / "stage2_plain_reuse"
+    before = json.loads((out / "results.json").read_text())
     (folder / "000001.png").unlink()
     os.truncate(folder / "000002.png", 60)
     log = (folder / "images.jsonl").read_text()
@@ -1424,11 +1425,11 @@ def test_two_runs_are_compared_caption_by_caption():
     drawn[1][:12] = 0
     good, bad = (metrics.Measured(p.view(24, 2, 3, 32, 32), tiny.CAPTIONS,
                                   metrics.TinyMeter(TINY)) for p in drawn)
-    same = metrics.compare([(good, good)], good)
+    same = metrics.compare(good, good, good)
     assert same["accuracy_points_interval"] == [0, 0] and same["entropy_ratio"] == 1
     assert same["frechet_change"] == pytest.approx(0, abs=1e-6)
-    worse = metrics.compare([(bad, good), (good, good)], good)
-    assert worse["accuracy_points"] == pytest.approx(-12.5) and worse["frechet_change"] > 0
+    worse = metrics.compare(bad, good, good)
+    assert worse["accuracy_points"] == pytest.approx(-25) and worse["frechet_change"] > 0
 
 
 # ----------------------------------------------------------------------------- claims
