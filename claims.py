@@ -68,7 +68,7 @@ class Settings:
     samples_per_prompt: int = option(128, "n, samples for each of the 24 captions",
                                      low=2, high=4096)
     eval_seed: int = option(100, "evaluation seed; no training may use it", low=0, high=2**31 - 1)
-    jobs: int = option(1, "trainings side by side; on few cores one core each is the faster way",
+    jobs: int = option(None, "trainings side by side (default: one a core, up to 8; on a GPU one)",
                        low=1, high=64)
     runs: str = option("runs/claims", "folder of the runs, kept")
     out: str = option("results/claims", "folder for claims.md, results.json and the plots")
@@ -280,9 +280,12 @@ def main(argv):
     if settings.dry_run:
         print("\n".join(f"python {line}" for line in [*stages[0], *stages[1], evaluation]))
         return
-    threads = max(1, (os.cpu_count() or 1) // settings.jobs) if settings.jobs > 1 else None
+    from model import pick_device
+    cores = os.cpu_count() or 1
+    jobs = settings.jobs or (min(8, cores) if pick_device(None).type == "cpu" else 1)
+    threads = max(1, cores // jobs) if jobs > 1 else None
     for lines in stages:
-        with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda line: execute(line, threads), lines))
     execute(evaluation)
     found = read_json(Path(settings.out) / "results.json")
