@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,6 +49,8 @@ class Preset:
     compensation_lr: float = 1e-3      # [official]
     discriminator_lr: float = 1e-5     # [official]
     fit_iterations: int = 500          # [ours] the cached step towards the full one, at first
+    match_iterations: int = 0          # [ours] Stage I's loss on the cached path, after the fit
+    match_lr: float = 5e-6             # [ours] Stage I's
     warmup: int = 500                  # [paper, second hand]; [official] 1000
     discriminator: str = "facebook/convnextv2-base-22k-224"  # [ours] for OpenCLIP ConvNeXt-XXLarge
     picture_mean: tuple = (0.485, 0.456, 0.406)              # what that backbone was trained on
@@ -69,7 +72,7 @@ PRESETS = {preset.name: preset for preset in (
     Preset("tiny", str(HERE / "weights" / "tiny-sd3"), guidance=4.0, batch_size=32, iterations=220,
            student_lr=1e-4, fake_lr=4e-4, checkpoint_every=100, cached_blocks="2-5", text_length=0,
            captions="tiny", stage2_iterations=600, compensation_lr=1e-4, discriminator_lr=2e-3,
-           fit_iterations=300, warmup=0,
+           fit_iterations=100, match_iterations=220, match_lr=1e-4, warmup=0,
            discriminator=str(HERE / "weights" / "tiny-sd3" / "discriminator_backbone"),
            picture_mean=(0.5,) * 3, picture_std=(0.5,) * 3),
     Preset("sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", architecture=_SD3),
@@ -253,19 +256,44 @@ class Decoder:
                                 return_dict=False)[0] / 2 + 0.5)
 
 
-class Discriminator(torch.nn.Module):
-    """Frozen multi-level backbone with small heads: pictures [B, 3, H, W] in [0, 1] to a list of
-    logits.
+class Head(torch.nn.Module):
+    """Logits of what is seen, a map [B, C, H, W] or pooled features [B, C], spectrally normalised.
 
-    One convolutional head for each of the backbone's maps and one on the pooled last map, all
-    spectrally normalised. Gradient flows through the backbone to the picture; only the heads
-    learn. Not told the caption. (Official: four heads of width 512 with strides and blurs on
-    OpenCLIP ConvNeXt-XXLarge; deviation 11.)
+    Told the caption as a projection, as in conditional GANs (Miyato & Koyama 2018): the logit is
+    judge(h) + h·c with h the head's features and c a linear image of the pooled prompt [B, P].
     """
 
-    def __init__(self, preset, seed=0, width=64, random_weights=False):
+    def __init__(self, seen, width, layer, prompt):
         super().__init__()
         from torch.nn.utils.parametrizations import spectral_norm
+        self.look = spectral_norm(layer(seen, width))
+        self.judge = spectral_norm(torch.nn.Linear(width, 1))
+        self.caption = (spectral_norm(torch.nn.Linear(prompt, width, bias=False)) if prompt
+                        else None)
+
+    def forward(self, seen, pooled):
+        h = torch.nn.functional.leaky_relu(self.look(seen), 0.2)
+        h = h.flatten(2).mT if h.ndim == 4 else h[:, None]                  # B×places×width
+        logits = self.judge(h)[..., 0]                                      # B×places
+        if self.caption is not None:
+            length = h.shape[-1] ** 0.5                     # the prompt's, whatever its encoder's
+            c = self.caption(length * torch.nn.functional.normalize(pooled.float(), dim=1))
+            logits = logits + (h @ c[:, :, None])[..., 0]
+        return logits
+
+
+class Discriminator(torch.nn.Module):
+    """Frozen multi-level backbone with small heads: pictures [B, 3, H, W] in [0, 1] and pooled
+    prompts [B, P] to a list of logits [B, places].
+
+    One convolutional head for each of the backbone's maps and one on the pooled last map. Gradient
+    flows through the backbone to the picture; only the heads learn. prompt is P, or None for heads
+    that are not told the caption, as the official ones (four of width 512 with strides and blurs
+    on OpenCLIP ConvNeXt-XXLarge; deviation 11).
+    """
+
+    def __init__(self, preset, prompt=None, seed=0, width=64, random_weights=False):
+        super().__init__()
         from transformers import AutoConfig, ConvNextV2Backbone, ConvNextV2Config
         if random_weights and not Path(preset.discriminator).exists():
             torch.manual_seed(0)
@@ -283,16 +311,15 @@ class Discriminator(torch.nn.Module):
         self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
         torch.manual_seed(seed)
-        channels = self.backbone.channels
-        self.heads = torch.nn.ModuleList([torch.nn.Sequential(
-            spectral_norm(torch.nn.Conv2d(c, width, 3, padding=1)), torch.nn.LeakyReLU(0.2),
-            spectral_norm(torch.nn.Conv2d(width, 1, 1))) for c in channels] + [torch.nn.Sequential(
-                spectral_norm(torch.nn.Linear(channels[-1], width)), torch.nn.LeakyReLU(0.2),
-                spectral_norm(torch.nn.Linear(width, 1)))])
+        channels, layer = self.backbone.channels, partial(torch.nn.Conv2d, kernel_size=3, padding=1)
+        self.heads = torch.nn.ModuleList(
+            [Head(c, width, layer, prompt) for c in channels]
+            + [Head(channels[-1], width, torch.nn.Linear, prompt)])
 
-    def forward(self, pictures):
+    def forward(self, pictures, pooled=None):
         maps = self.backbone((pictures - self.mean) / self.std).feature_maps
-        return [head(m) for head, m in zip(self.heads, [*maps, maps[-1].mean((2, 3))], strict=True)]
+        return [head(m, pooled) for head, m in
+                zip(self.heads, [*maps, maps[-1].mean((2, 3))], strict=True)]
 
 
 def load_pipeline(preset, dtype, **parts):

@@ -80,9 +80,10 @@ def block_bytes(net, tokens, half):
     return [found.get(kind, next(iter(found.values()))) for kind in kinds]
 
 
-def state_of(stage, net, half, f=None, discriminator=None):
+def state_of(stage, net, half, f=None, discriminator=None, match=False):
     """{what: (bytes, whether FSDP shards it)}; gradients of student and fake score never live at
-    once, nor do the discriminator's and the generator's."""
+    once, nor do the discriminator's and the generator's. match: Stage II with teacher and fake
+    score."""
     weights, buffers = list(net.parameters()), list(net.buffers())
     frozen, small = 2 if half else 4, list(f.parameters()) if f else []
     if stage == 1:
@@ -102,6 +103,11 @@ def state_of(stage, net, half, f=None, discriminator=None):
                 "discriminator": (bytes_of(discriminator.parameters(), 4)
                                   + bytes_of(heads, 12), False),
                 "position tables": (bytes_of(buffers, 4), False)}
+        if match:
+            rows |= {"teacher": (bytes_of(weights, frozen), True),
+                     "fake score with optimiser": (bytes_of(weights, 12), True),
+                     "gradients": (max(bytes_of(learning, 4), bytes_of(weights, 4)), True),
+                     "position tables": (bytes_of(buffers, 8 + frozen), False)}
     return rows
 
 
@@ -127,7 +133,9 @@ def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lam
     weights = list(net.parameters())
     extra = {False: 0, True: 0}                 # picture networks' activations; True: checkpointed
     f = make_compensation(net.inner_dim) if span else None
-    discriminator = Discriminator(preset, random_weights=offline) if stage == 2 else None
+    pooled = config["pooled_projection_dim"]
+    discriminator = (Discriminator(preset, None if settings.unconditional else pooled,
+                                   random_weights=offline) if stage == 2 else None)
     if stage == 2:
         factor = decode.factor
         side = min(PROBE // factor, shape[1])
@@ -135,12 +143,14 @@ def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lam
         x = torch.zeros(1, shape[0], side, side, requires_grad=True)
         blocks = [decode.vae.decoder.mid_block, *decode.vae.decoder.up_blocks]
         picture = torch.zeros(1, 3, side * factor, side * factor, requires_grad=True)
-        seen, _ = saved_bytes(lambda: discriminator(picture), discriminator.parameters())
+        seen, _ = saved_bytes(lambda: discriminator(picture, torch.ones(1, pooled)),
+                              discriminator.parameters())
         plain, worst = saved_bytes(lambda: decode(x), decode.vae.parameters(), blocks)
         decode.vae.enable_gradient_checkpointing()
         light, _ = saved_bytes(lambda: decode(x), decode.vae.parameters())
         extra = {False: (plain + seen) * scale, True: (light + worst + seen) * scale}
-    state = state_of(stage, net, half, f, discriminator)
+    match = stage == 2 and settings.match_iterations > 0
+    state = state_of(stage, net, half, f, discriminator, match)
     state["VAE"] = bytes_of(decode.vae.parameters(), 4), False
     gathered = 2 * max(bytes_of(b.parameters(), 8) for b in net.transformer_blocks)
 
@@ -181,13 +191,19 @@ def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lam
             "does not fit 8 of them; lower --resolution, or --lora-rank in Stage II"))
     learning = bytes_of((p for p in weights if p.requires_grad), 8)
     disk = (2 * (bytes_of(weights, 4) + learning) if stage == 1
-            else bytes_of(weights, 4) + learning + state["f with optimiser"][0])
+            else bytes_of(weights, 4) + learning + state["f with optimiser"][0]
+            + match * bytes_of(weights, 12))
     lines.append(f"  disk: {disk / GB:.1f} GB a checkpoint, three while one is written; student/ "
                  f"{bytes_of(meta_transformer(config).parameters(), 2) / GB:.1f} GB")
     again = int(settings.gradient_checkpointing)
     # A pass counts 1, with its backward 3, recomputed in backward 4.
     turns = {"an iteration": steps + (3 + again) * 2 + 2 + 1} if stage == 1 else {
         "D's turn": steps - 1 + ratio, "G's turn": steps - 1 + (3 + again) * ratio}
+    if match:                           # of any step, each as often: the roll-out, then that step
+        rolled, own = (steps - 1) * (1 + (steps - 2) * ratio / 2) / steps, (
+            1 + (steps - 1) * ratio) / steps
+        turns |= {"fake score's turn": rolled + own + 3 + again,
+                  "student's turn in the match": rolled + (3 + again) * own + 2 + 1}
     lines += [f"  {what}: {n:.2f} transformer passes a sample, {n * full * batch / 1e12:.0f} TFLOP"
               for what, n in turns.items()]
     return "\n".join(lines)

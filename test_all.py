@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -557,7 +558,7 @@ def test_runs_killed_at_random_moments_end_as_the_undisturbed_run(stage, finishe
     faults, total = int(os.environ.get("FAULTS", 1)), 56
     script, folders = f"train_stage{stage}.py", (tmp_path / "killed", tmp_path / "undisturbed")
     words = SMALL[:2] if stage == 1 else [*STAGE2[:4], "--init", str(finished), "--fit-iterations",
-                                          "4"]                 # 51st turn on: the generator's too
+                                          "2", "--match-iterations", "2"]  # 51 turns on: G's, too
     words = [*words, "--iterations", str(total), "--log-every", "1", "--checkpoint-every", "7",
              "--sample-every", "100", "--out"]
     delays = random.Random(0)
@@ -665,9 +666,9 @@ def test_accumulation_changes_no_gradient_of_stage2(finished, finished2, tmp_pat
     """Every turn's loss and gradient norm, and D's count, as in the plain run; nor does
     checkpointing, of the VAE too."""
     monkeypatch.setattr(train_stage2, "D_ONLY", 2)
-    train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1", "--iterations",
-                       "4", "--out", str(tmp_path / "x"), "--accumulation", "2",
-                       "--gradient-checkpointing"])
+    train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
+                       "--match-iterations", "2", "--iterations", "4", "--out",
+                       str(tmp_path / "x"), "--accumulation", "2", "--gradient-checkpointing"])
     plain, saving = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
                      for f in (finished2, tmp_path / "x"))
     for a, b in zip(plain, saving, strict=True):
@@ -917,34 +918,37 @@ def test_a_stock_pipeline_call_takes_the_cached_path(stock_pipe):
 # ----------------------------------------------------------------------------- Stage II
 
 STAGE2 = ["--batch-size", "4", "--references", "8", "--log-every", "1", "--checkpoint-every", "2",
-          "--sample-every", "100"]
+          "--sample-every", "100", "--match-iterations", "0"]
 
 
 @pytest.fixture(scope="session")
 def finished2(finished, tmp_path_factory):
-    """A Stage II run: one fit of f, then turns of D and G (the D-only start cut short)."""
+    """A Stage II run: one fit of f, two turns of the match, then turns of D and G (the D-only
+    start cut short)."""
     out = tmp_path_factory.mktemp("runs") / "finished2"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_stage2, "D_ONLY", 2)
         train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
-                           "--iterations", "4", "--out", str(out)])
+                           "--match-iterations", "2", "--iterations", "4", "--out", str(out)])
     return out
 
 
 def test_turns_are_the_official_ones():
-    """50 turns of D alone, then 2 D : 1 G: 1317 turns of G in 4000."""
-    phases = [train_stage2.phase_of(i, 300) for i in range(4300)]
-    assert phases[:300] == ["fit"] * 300 and "generator" not in phases[300:350]
-    assert phases[300:].count("generator") == 1317 and phases[300:].count("discriminator") == 2683
+    """The fit, the match by turns, 50 turns of D alone, then 2 D : 1 G: 1317 turns of G in 4000."""
+    turns = [train_stage2.turn_of(i, 296, 4) for i in range(4300)]
+    assert turns[:296] == ["fit"] * 296 and turns[296:300] == ["fake score", "match"] * 2
+    assert "generator" not in turns[300:350]
+    assert turns[300:].count("generator") == 1317 and turns[300:].count("discriminator") == 2683
 
 
 def test_a_stage2_run_leaves_what_the_contract_says(finished, finished2):
     recipe = json.loads((finished2 / "distill.json").read_text())
     assert recipe["cached_blocks"] == "2-5" and recipe["nfe"] == pytest.approx(1.6667, abs=1e-4)
-    assert recipe["stage"] == 2 and recipe["iteration"] == 5
+    assert recipe["stage"] == 2 and recipe["iteration"] == 7
     before, after = weights(finished), weights(finished2)
     moved = {key.split(".")[1] for key in before if key.startswith("transformer_blocks.")
              and not torch.equal(before[key], after[key])}
+    # (the only match turn of this run drew step two)
     assert moved and not moved & {"2", "3", "4", "5"}, "skipped blocks get no gradient"
     from safetensors.torch import load_file
     assert load_file(finished2 / "compensation.safetensors")["image.down.weight"].abs().sum() > 0
@@ -956,7 +960,8 @@ def test_a_resumed_stage2_run_is_the_undisturbed_one_bit_for_bit(finished, finis
     out = tmp_path / "resumed2"
     for iterations in ("2", "4"):
         train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
-                           "--iterations", iterations, "--out", str(out)])
+                           "--match-iterations", "2", "--iterations", iterations,
+                           "--out", str(out)])
     before, after = weights(finished2), weights(out)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -982,9 +987,41 @@ def test_neither_turn_leaks_gradient_into_the_other(finished, tmp_path, monkeypa
     monkeypatch.setattr(train_stage2, "D_ONLY", 1)
     monkeypatch.setattr(train_stage2, "update", spy)
     train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
-                       "--iterations", "4", "--out", str(tmp_path / "leak")])
-    assert seen == [1, 1, 1, 1, 2] and len(spy.all) == 3
-    assert [index >= 8 for index in indices] == [False, True, False, False, False, True]
+                       "--match-iterations", "2", "--iterations", "4", "--out",
+                       str(tmp_path / "leak")])
+    assert seen == [1, 1, 2, 1, 1, 1, 2] and len(spy.all) == 4
+    assert [index >= 8 for index in indices] == [False, True, True, True, False, False, False,
+                                                 True]
+
+
+def test_the_discriminator_is_told_the_caption_unless_it_is_not_to_be():
+    """Every head's logits change with the caption, not with the length of its embedding."""
+    pictures, pooled = torch.rand(2, 3, 32, 32, generator=seeded()), torch.randn(
+        2, 64, generator=seeded())
+    told, blind = (model.Discriminator(TINY, prompt).eval() for prompt in (64, None))
+    for one, same, other in zip(*(told(pictures, p) for p in (pooled, 3 * pooled, pooled.flip(0))),
+                                strict=True):
+        assert torch.allclose(one, same, atol=1e-4) and not torch.allclose(one, other, atol=1e-2)
+    for one, other in zip(blind(pictures, pooled), blind(pictures, pooled.flip(0)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_match_begins_with_stage_ones_fake_score(finished, tmp_path):
+    """Or with the base model, where no checkpoint is left; a cut one is one line."""
+    shutil.copytree(finished, tmp_path / "run")
+    newest = sorted((tmp_path / "run").glob("checkpoint-*"))[-1] / "fake_score.safetensors"
+    settings = train_stage2.Settings(init=str(tmp_path / "run"))
+
+    def first():
+        return next(train_stage2.load_fake_score(settings, TINY).parameters())
+    base = next(model.load_transformer(TINY).parameters())
+    assert not torch.equal(first(), base)
+    os.truncate(newest, 100)
+    with pytest.raises(run.UserError, match="fake_score.safetensors does not load"):
+        first()
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert torch.equal(first(), base)
 
 
 def test_stage2_without_a_cache_trains_and_saves(finished, tmp_path, monkeypatch):
@@ -1084,9 +1121,12 @@ def test_passes_of_an_iteration_are_those_that_the_plan_says(finished, tmp_path,
     train_stage1.main([*SMALL, "--iterations", "1", "--out", str(tmp_path / "1")])
     assert count[0] == pytest.approx(11)
     train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
-                       "--iterations", "2", "--out", str(tmp_path / "2")])
-    fit, generator, discriminator = passes
-    assert (generator - fit, discriminator - generator) == pytest.approx((3, 5 / 3))
+                       "--match-iterations", "2", "--iterations", "2", "--out",
+                       str(tmp_path / "2")])
+    fake, match, generator, discriminator = (b - a for a, b in itertools.pairwise(passes))
+    assert (generator, discriminator) == pytest.approx((3, 5 / 3))
+    # of step one, or of the cached step two after it
+    assert fake in (pytest.approx(1 + 3), pytest.approx(5 / 3 + 3)) and match == pytest.approx(6)
 
 
 @pytest.mark.parametrize("script, words", [
@@ -1126,20 +1166,21 @@ def trained(base, out, init, more=()):
               "--checkpoint-every", "1", *more]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "find_preset", lambda name: found)
-        patch.setattr(train_stage2, "D_ONLY", 0)                # turns: fit, G, D
+        patch.setattr(train_stage2, "D_ONLY", 0)   # turns: fit, fake score, match, G, D
         patch.setattr(train_stage1, "update", spy("stage1"))
         patch.setattr(train_stage2, "update", spy("stage2"))
         train_stage1.main([*common, "--iterations", "2", "--out", str(out / "stage1")])
         train_stage2.main([
             *common, "--init", str(init / "stage1"), "--out", str(out / "stage2"),
             "--cached-blocks", "0-0", "--references", "4", "--warmup", "0",
-            "--fit-iterations", "1", "--iterations", "2", "--compensation-lr", "1e-3"])
+            "--fit-iterations", "1", "--match-iterations", "2", "--iterations", "2",
+            "--compensation-lr", "1e-3"])
 
 
 def unfinished(source, target):
     """A copy of trained()'s runs as they were before their last iteration."""
     shutil.copytree(source, target)
-    for stage, newest in (("stage1", 2), ("stage2", 3)):
+    for stage, newest in (("stage1", 2), ("stage2", 5)):
         shutil.rmtree(target / stage / f"checkpoint-{newest:06d}")
         shutil.rmtree(target / stage / "student")
         recipe = json.loads((target / stage / "distill.json").read_text())
@@ -1170,10 +1211,10 @@ def one_and_two(small_sd3, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("update", ["stage1-0", "stage1-1", "stage2-0", "stage2-1", "stage2-2"])
+@pytest.mark.parametrize("update", ["stage1-0", "stage1-1", *(f"stage2-{i}" for i in range(5))])
 def test_two_processes_give_the_gradients_of_one(update, one_and_two):
-    """Fake score, student; f, generator, discriminator. Catches a batch that is not sliced, a loss
-    that is summed, small networks whose gradients nobody averages."""
+    """Fake score, student; f, fake score, student and f, G, D. Catches a batch that is not sliced,
+    a loss that is summed, small networks whose gradients nobody averages."""
     from safetensors.torch import load_file
     one, two = (load_file(one_and_two / name / f"{update}.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -1436,7 +1477,7 @@ def test_two_runs_are_compared_caption_by_caption():
 
 def test_claims_share_runs_and_train_stage_one_first(capsys):
     """A variant that names its folder wrongly would be judged by another variant's run."""
-    claims.main(["--dry-run", "--only", "1", "3", "alpha", "--seeds", "7"])
+    claims.main(["--dry-run", "--only", "1", "parts", "alpha", "--seeds", "7"])
     lines = capsys.readouterr().out.splitlines()
     out = [line.split("--out ")[1].split()[0] for line in lines[:-1]]
     assert len(out) == len(set(out))

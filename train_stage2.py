@@ -8,13 +8,15 @@ cached blocks, adds f(Δ0) in their place, and is the one that learns: student a
 against a discriminator that looks at decoded pictures (paper, Stage II and cache figure; official
 train_stage2). What it calls real are synthetic references from the same prompt and noise, so no
 outside image is needed. Iterations count optimiser steps, two of the discriminator for one of the
-generator. Before them f alone is fitted to the full second step (ours: deviation 9). Dimension key:
+generator. Before them (ours) f alone is fitted to the full second step, deviation 9, then student
+and f are matched to the teacher as in Stage I but on the cached path, deviation 14. Dimension key:
 B batch, C latent channels, H W latent size.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,9 @@ class Settings:
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
     fit_iterations: int = option(None, "steps that fit f first, cached step to full step [ours]",
                                  low=0)
+    match_iterations: int = option(None, "after that, turns of Stage I's loss on the cached path, "
+                                   "of fake score and student [ours]", low=0)
+    unconditional: bool = option(False, "do not tell the discriminator the caption [official]")
     warmup: int = option(None, "iterations in which G's turns move f alone "
                          "[paper, second hand: 500]",
                          low=0)
@@ -56,6 +61,8 @@ class Settings:
     student_lr: float = option(None, "learning rate [official 1e-5, of LoRA]", above=0, high=1)
     compensation_lr: float = option(None, "of f [official 1e-3; tiny 1e-4, ours]", above=0, high=1)
     fit_lr: float = option(1e-3, "of f during the fit [ours]", above=0, high=1)
+    match_lr: float = option(None, "of the student in the match [Stage I's]", above=0, high=1)
+    fake_lr: float = option(None, "of the fake score in the match [Stage I's]", above=0, high=1)
     discriminator_lr: float = option(None, "of the heads [official 1e-5; tiny 2e-3, ours]", above=0,
                                      high=1)
     gradient_checkpointing: bool = option(False, "recompute blocks, of the VAE too, in "
@@ -75,7 +82,14 @@ BETAS = (0.9, 0.95)                     # [official] all three; [paper, second h
 WEIGHT_DECAY = 1e-4                     # [official]
 CLIP = 2.0                              # [official] student and f jointly; D is not clipped
 D_ONLY, D_PER_G = 50, 2                 # [official] discriminator alone at first, then 2 D : 1 G
-LOGGED = {"fit": ("fit",), "discriminator": ("loss_d", "d_ranks"), "generator": ("loss_g",)}
+FAKE_BETAS = (0.0, 0.999)               # [official] of Stage I, for its fake score
+
+TURNS = {                               # whose turn it is: (who learns, what is logged)
+    "fit": (("compensation",), ("fit", "norm_f")),
+    "fake score": (("fake_score",), ("loss_fake", "norm_fake")),
+    "match": (("student", "compensation"), ("loss_match", "norm_match")),
+    "discriminator": (("discriminator",), ("loss_d", "norm_d", "d_ranks")),
+    "generator": (("student", "compensation"), ("loss_g", "norm_g"))}
 
 
 def resolve(settings):
@@ -91,6 +105,8 @@ def resolve(settings):
     settings.out = settings.out or f"runs/{short}-stage2"
     if settings.cached_blocks == "none" or settings.no_compensation:
         settings.fit_iterations = settings.warmup = 0
+    if settings.cached_blocks == "none":
+        settings.match_iterations = 0
     check_batch(settings)
     if settings.references % processes():
         raise UserError(f"--references {settings.references} is not a multiple of "
@@ -98,13 +114,15 @@ def resolve(settings):
     return settings, preset
 
 
-def phase_of(i, fit_iterations):
-    """What iteration i does: "fit" f first, then "discriminator" or "generator" by the official
-    turns."""
-    turn = i - fit_iterations
-    if turn < 0:
+def turn_of(i, fit, match):
+    """Whose turn iteration i is: `fit` of f first, then `match` of fake score and student, then
+    discriminator or generator as in the official code."""
+    if i < fit:
         return "fit"
-    return "generator" if turn >= D_ONLY and turn % (D_PER_G + 1) == 0 else "discriminator"
+    if i < fit + match:
+        return ("fake score", "match")[(i - fit) % 2]
+    i -= fit + match
+    return "generator" if i >= D_ONLY and i % (D_PER_G + 1) == 0 else "discriminator"
 
 
 @partial(command, several=True)
@@ -116,7 +134,8 @@ def main(argv):
     from tqdm import tqdm
 
     from cache import BlockCache, make_compensation, nfe, parse_span
-    from losses import discriminator_loss, euler, fit_loss, generator_loss
+    from losses import (discriminator_loss, dmd_loss, draw_sigma, euler, fake_score_loss, fit_loss,
+                        generator_loss, guide, importance_curve, renoise, x0_from_velocity)
     from model import (Decoder, Discriminator, PromptBook, check_base, choose_prompts,
                        load_transformer, pick_device, place, save_transformer, velocity)
     from sampler import (Gallery, image_noise, load_scheduler, load_student, read_recipe, recipe_of,
@@ -165,7 +184,8 @@ def main(argv):
     resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     world = World(device)
     run = Run(settings.out, resolved, settings.overwrite, world)
-    total = settings.fit_iterations + settings.iterations
+    before = settings.fit_iterations, settings.match_iterations
+    total = sum(before) + settings.iterations
     if run.finished(total):
         return
 
@@ -174,7 +194,8 @@ def main(argv):
     torch.manual_seed(settings.seed)                            # f's first layer starts at random
     compensation = make_compensation(student.inner_dim).to(device) if learns_f else None
     discriminator = Discriminator(
-        preset, seed=settings.seed, random_weights=settings.random_weights).to(device)
+        preset, None if settings.unconditional else config["pooled_projection_dim"],
+        seed=settings.seed, random_weights=settings.random_weights).to(device)
     decode = Decoder(preset, device, settings.random_weights, settings.gradient_checkpointing)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -185,11 +206,17 @@ def main(argv):
     rates = {"student": settings.student_lr, "discriminator": settings.discriminator_lr}
     if learns_f:
         networks["compensation"], rates["compensation"] = compensation, settings.compensation_lr
+    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if settings.match_iterations:
+        teacher = load_transformer(preset, frozen, settings.random_weights).requires_grad_(False)
+        teacher = place(teacher, device, world)
+        networks["fake_score"] = place(load_fake_score(settings, preset), device, world)
+        rates["fake_score"] = settings.fake_lr
     learning = {name: [p for p in net.parameters() if p.requires_grad]
                 for name, net in networks.items()}
-    optimizers = {name: torch.optim.AdamW(learning[name], lr=rates[name], betas=BETAS,
-                                          weight_decay=WEIGHT_DECAY, fused=True)
-                  for name in networks}
+    optimizers = {name: torch.optim.AdamW(
+        learning[name], lr=rates[name], betas=FAKE_BETAS if name == "fake_score" else BETAS,
+        weight_decay=WEIGHT_DECAY, fused=True) for name in networks}
     start = run.restore(networks, optimizers)
     recipe_file = run.folder / "distill.json"
     side = init["latent_shape"][1]
@@ -205,6 +232,7 @@ def main(argv):
 
     B, R, sigmas = settings.batch_size, settings.references, sigma_grid(steps)
     shape = init["latent_shape"]                                          # C, H, W
+    curves = {"fake score": importance_curve("uniform"), "match": importance_curve("official")}
     chosen = [prompts[j] for j in torch.randint(len(prompts), (R,),
                                                 generator=rng(settings.seed, "references"))]
 
@@ -213,7 +241,7 @@ def main(argv):
         turns take those of references, f's and the generator's turns fresh ones, which nobody can
         learn by heart."""
         g = rng(settings.seed, i, "batch")
-        if phase_of(i, settings.fit_iterations) == "discriminator":
+        if turn_of(i, *before) == "discriminator":
             pick = torch.randint(R, (B,), generator=g).tolist()
             texts = [chosen[j] for j in pick]
         else:
@@ -229,7 +257,6 @@ def main(argv):
     # Deviation 10. The same prompt and noise as the student's sample; the teacher is guided with
     # α, or it would teach the collapse that Stage I avoided.
     def make_references():
-        frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
         if settings.reference == "teacher":
             teacher = load_transformer(preset, frozen, settings.random_weights).to(device)
             grid = teacher_sigmas(load_scheduler(preset, settings.random_weights))
@@ -265,83 +292,109 @@ def main(argv):
     bar = tqdm(range(start, total), initial=start, total=total, desc="stage 2",
                disable=not world.first)
     for i in bar:
-        phase, (pick, _) = phase_of(i, settings.fit_iterations), batch_of(i)
-        micros = [dict(zip(("pick", "embeds", "pooled"), part, strict=True)) for part in
-                  zip(*(value.chunk(settings.accumulation)
-                        for value in (torch.tensor(pick), *book(i))), strict=True)]
-        parts, seen = len(micros), seen | {key: 0.0 for key in LOGGED[phase]}
+        turn, (pick, _) = turn_of(i, *before), batch_of(i)
+        learners, logged = TURNS[turn]
+        draws = dict(zip(("pick", "embeds", "pooled"), (torch.tensor(pick), *book(i)), strict=True))
+        k = steps - 1                                           # the step that is looked at
+        if turn in ("fake score", "match"):                     # any, as in Stage I
+            g = rng(settings.seed, i, "match")
+            k = int(torch.randint(steps, (1,), generator=g))
+            draws |= {"uniform": world.share(torch.rand(B, generator=g)),
+                      "again": world.share(torch.randn(B, *shape, generator=g))}
+        micros = [dict(zip(draws, part, strict=True)) for part in
+                  zip(*(value.chunk(settings.accumulation) for value in draws.values()),
+                      strict=True)]
+        high, low = sigmas[k].item(), sigmas[k + 1].item()
+        parts, seen = len(micros), seen | dict.fromkeys(logged, 0.0)
 
         for m in micros:
-            # ---- 1. all steps but the last: in full, no gradient; the first records Δ0
+            # ---- 1. the steps before it: in full, no gradient; the first records Δ0
             noise = image_noise(settings.seed, m["pick"], shape, "training").to(device)
-            prompt, last = (m["embeds"], m["pooled"]), sigmas[-2].item()
+            prompt = m["embeds"], m["pooled"]
             with torch.no_grad():
-                x = roll_out(student, noise, prompt, sigmas[:-1],
-                             cache)[0][-1]                             # B×C×H×W at σ_N-1
+                x = roll_out(student, noise, prompt, sigmas[:k + 1], cache)[0][-1]     # B×C×H×W
 
             # Who learns in this turn; nobody else's gradients are touched. Only now, after a
             # forward: fully_shard takes a network that starts frozen for one that never learns.
-            for name in networks:
-                learns = {"fit": name == "compensation", "discriminator": name == "discriminator",
-                          "generator": name != "discriminator"}[phase]
+            # (The fake score runs without gradient in all turns but its own, the others in its.)
+            for name in networks.keys() - {"fake_score"} if turn != "fake score" else ():
                 for p in learning[name]:
-                    p.requires_grad_(learns)
+                    p.requires_grad_(name in learners)
                 for group in optimizers[name].param_groups:
-                    group["lr"] = settings.fit_lr if phase == "fit" else rates[name]
+                    group["lr"] = (settings.fit_lr if turn == "fit" else settings.match_lr
+                                   if (turn, name) == ("match", "student") else rates[name])
 
-            if phase == "fit":
-                # ---- 2a. f alone, until the cached step predicts what the full one does
+            # ---- 2. the step as inference takes it, with gradient where student or f learn
+            gradient = turn in ("fit", "match", "generator")
+            mode = cache.step("reuse" if k else "full") if cached else contextlib.nullcontext()
+            with torch.set_grad_enabled(gradient), mode:
+                v = velocity(student, x, high, prompt)
+            p = euler(x, v, high, low)                                        # B×C×H×W
+
+            if turn == "fit":
+                # ---- 3a. f alone, until the cached step predicts what the full one does
                 # (deviation 9)
                 with torch.no_grad(), cache.step("full"):
-                    full = velocity(student, x, last, prompt)
-                with cache.step("reuse"):
-                    loss = fit_loss(velocity(student, x, last, prompt), full)
-                (loss / parts).backward()
-                seen["fit"] += loss.item() / parts
-                continue
+                    full = velocity(student, x, high, prompt)
+                loss = fit_loss(v, full)
+                values = {"fit": loss}
 
-            # ---- 2b. the last step as inference takes it, with gradient in the generator's turn
-            with torch.set_grad_enabled(phase == "generator"):
-                with cache.step("reuse") if cached else contextlib.nullcontext():
-                    v = velocity(student, x, last, prompt)
-                fake = decode(euler(x, v, last, 0.0))                             # B×3×8H×8W
-            # The spectral norms' power iteration goes with the turn, not with the micro-batch.
-            discriminator.heads.train(m is micros[0])
-            if phase == "discriminator":
-                # ---- 3a. discriminator: references are real [target 0.8], the student's pictures
-                # are not
-                with torch.no_grad():
-                    real = decode(reference[m["pick"]].to(device))
-                real_logits, fake_logits = zip(*(          # one pass: both see the same weights
-                    each.chunk(2) for each in discriminator(torch.cat([real, fake]))), strict=True)
-                loss = discriminator_loss(real_logits, fake_logits)
-                (loss / parts).backward()
-                ranks = sum((r > f).float().mean()
-                            for r, f in zip(real_logits, fake_logits, strict=True))
-                seen["loss_d"] += loss.item() / parts
-                seen["d_ranks"] += ranks.item() / len(real_logits) / parts
+            elif turn in ("fake score", "match"):
+                # ---- 3b. Stage I's two losses at the end of this step (deviation 14)
+                ends = torch.tensor([[high], [low]]).expand(2, len(x))                # 2×B
+                sigma = draw_sigma(m["uniform"], *ends, curves[turn]).to(device)      # B
+                again = renoise(p.detach(), low, sigma, m["again"].to(device))
+                if turn == "fake score":
+                    v_fake = velocity(networks["fake_score"], again, sigma, prompt)
+                    loss = fake_score_loss(v_fake, again, x0_from_velocity(x, high, v), sigma)
+                    values = {"loss_fake": loss}
+                else:
+                    with torch.no_grad():
+                        both = velocity(teacher, again.repeat(2, 1, 1, 1), sigma.repeat(2), [
+                            torch.cat(part) for part in
+                            zip(prompt, book.uncond(len(x)), strict=True)])
+                        v_real = guide(*both.chunk(2), sigma, init["guidance"], init["alpha"])
+                        v_fake = velocity(networks["fake_score"], again, sigma, prompt)
+                    loss = dmd_loss(p, euler(again, v_real, sigma, low),
+                                    euler(again, v_fake, sigma, low))
+                    values = {"loss_match": loss}
+
             else:
-                # ---- 3b. generator: student and f together; f alone during the warm-up
-                loss = generator_loss(discriminator(fake))
-                (loss / parts).backward()
-                seen["loss_g"] += loss.item() / parts
+                # ---- 3c. adversarial: a reference is real [target 0.8], the student's picture
+                # is not
+                with torch.set_grad_enabled(gradient):
+                    fake = decode(p)                                          # B×3×8H×8W
+                # The spectral norms' power iteration goes with the turn, not with the micro-batch.
+                discriminator.heads.train(m is micros[0])
+                if turn == "generator":
+                    loss = generator_loss(discriminator(fake, m["pooled"]))
+                    values = {"loss_g": loss}
+                else:
+                    with torch.no_grad():
+                        real = decode(reference[m["pick"]].to(device))
+                    real_logits, fake_logits = zip(*(      # one pass: both see the same weights
+                        each.chunk(2) for each in discriminator(
+                            torch.cat([real, fake]), m["pooled"].repeat(2, 1))), strict=True)
+                    loss = discriminator_loss(real_logits, fake_logits)
+                    values = {"loss_d": loss, "d_ranks": torch.stack([
+                        (r > f).float().mean()
+                        for r, f in zip(real_logits, fake_logits, strict=True)]).mean()}
 
-        if phase == "generator":
-            both = ("compensation", "student") if learns_f else ("student",)
-            if i - settings.fit_iterations < settings.warmup:
-                optimizers["student"].zero_grad(set_to_none=True)
-                both = ("compensation",)
-            norm = seen["norm_g"] = update([optimizers[name] for name in both], CLIP)
-        elif phase == "discriminator":
-            norm = seen["norm_d"] = update([optimizers["discriminator"]])
-        else:
-            norm = seen["norm_f"] = update([optimizers["compensation"]], CLIP)
+            (loss / parts).backward()
+            for key, value in values.items():
+                seen[key] += value.item() / parts
+
+        if turn == "generator" and i - sum(before) < settings.warmup:        # f alone at first
+            optimizers["student"].zero_grad(set_to_none=True)
+            learners = ("compensation",)
+        norm = seen[logged[1]] = update([optimizers[name] for name in learners if name in networks],
+                                        math.inf if turn == "discriminator" else CLIP)
 
         # ================================================================== log, show, save
         done, end, stop = i + 1, i + 1 == total, world.any(run.interrupted)
-        patience.check(done, {phase: norm})
+        patience.check(done, {turn: norm})
         if done % settings.log_every == 0 or end:
-            turns = [phase_of(j, settings.fit_iterations) for j in range(done)]
+            turns = [turn_of(j, *before) for j in range(done)]
             seen |= {"updates_d": turns.count("discriminator"),
                      "updates_g": turns.count("generator")}
             run.log(done, seconds=time.perf_counter() - begun, **seen)
@@ -370,6 +423,22 @@ def main(argv):
     print(f"{run.folder}: {recipe['nfe']:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{total:06d}.png")
+
+
+def load_fake_score(settings, preset):
+    """The fake score of Stage I's newest checkpoint, which knows the student, or the base model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from model import load_transformer
+    net = load_transformer(preset, random_weights=settings.random_weights)
+    saved = sorted(Path(settings.init).glob("checkpoint-??????/fake_score.safetensors"))
+    try:
+        net.load_state_dict(load_file(saved[-1]) if saved else net.state_dict())
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{saved[-1]} does not load "
+                        f"({str(error).splitlines()[0][:160]})") from error
+    return net
 
 
 def add_lora(student, rank, seed):
