@@ -44,6 +44,7 @@ class Preset:
     captions: str = "grammar"          # where prompts come from when no --prompts is given
     architecture: dict | None = None   # for --random-weights: SD3Transformer2DModel's arguments
     stage2_iterations: int = 4000      # [official] D and G together
+    stage2_checkpoint_every: int = 100 # [official]
     stage2_batch_size: int = 32        # [official] 8 GPUs × 1 × accumulation 4
     stage2_student_lr: float = 1e-5    # [official] for LoRA
     compensation_lr: float = 1e-3      # [official]
@@ -71,8 +72,9 @@ PRESETS = {preset.name: preset for preset in (
     # w amplifies the usual scene as w = 7 does for the real models
     Preset("tiny", str(HERE / "weights" / "tiny-sd3"), guidance=4.0, batch_size=32, iterations=220,
            student_lr=1e-4, fake_lr=4e-4, checkpoint_every=100, cached_blocks="2-5", text_length=0,
-           captions="tiny", stage2_iterations=600, compensation_lr=1e-4, discriminator_lr=2e-3,
-           fit_iterations=100, match_iterations=220, match_lr=1e-4, warmup=0,
+           captions="tiny", stage2_iterations=600, stage2_checkpoint_every=300,
+           compensation_lr=1e-4, discriminator_lr=2e-3, fit_iterations=100, match_iterations=220,
+           match_lr=1e-4, warmup=0,
            discriminator=str(HERE / "weights" / "tiny-sd3" / "discriminator_backbone"),
            picture_mean=(0.5,) * 3, picture_std=(0.5,) * 3),
     Preset("sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", architecture=_SD3),

@@ -69,8 +69,8 @@ class Settings:
                                           "backward: less memory, more time")
     seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
     # the run
-    checkpoint_every: int = option(100, "iterations between checkpoints [official 100]", low=1)
-    sample_every: int = option(100, "iterations between sample grids [ours]", low=1)
+    checkpoint_every: int = option(None, "iterations between checkpoints [official 100]", low=1)
+    sample_every: int = option(200, "iterations between sample grids [ours]", low=1)
     log_every: int = option(10, "iterations between lines of metrics.jsonl [ours]", low=1)
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
     dry_run: bool = option(False, "print the resolved settings and the memory plan and stop")
