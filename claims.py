@@ -47,7 +47,6 @@ EXPERIMENTS = {                              # name: (what the paper says, varia
                Variant("f not fitted first", "", "--fit-iterations 0"),
                Variant("no match", "", "--match-iterations 0"),
                Variant("no adversarial turns", "", "--iterations 0"),
-               Variant("discriminator not told the caption", "", "--unconditional"),
                Variant("without a cache", "", "--cached-blocks none")]),
     "alpha": ("α of Eq. 4 trades accuracy against diversity (sweep).",
               [Variant(f"α = {a}", f"--alpha {a}" if a != 0.94 else "")
