@@ -262,16 +262,17 @@ class Head(torch.nn.Module):
     """Logits of what is seen, a map [B, C, H, W] or pooled features [B, C], spectrally normalised.
 
     Told the caption as a projection, as in conditional GANs (Miyato & Koyama 2018): the logit is
-    judge(h) + h·c with h the head's features and c a linear image of the pooled prompt [B, P].
+    judge(h) + h·c with h the head's features and c a linear image of the pooled prompt [B, P]
+    (deviation 11).
     """
 
-    def __init__(self, seen, width, layer, prompt):
+    def __init__(self, seen, width, layer, pooled_width):
         super().__init__()
         from torch.nn.utils.parametrizations import spectral_norm
         self.look = spectral_norm(layer(seen, width))
         self.judge = spectral_norm(torch.nn.Linear(width, 1))
-        self.caption = (spectral_norm(torch.nn.Linear(prompt, width, bias=False)) if prompt
-                        else None)
+        self.caption = (spectral_norm(torch.nn.Linear(pooled_width, width, bias=False))
+                        if pooled_width else None)
 
     def forward(self, seen, pooled):
         h = torch.nn.functional.leaky_relu(self.look(seen), 0.2)
@@ -289,12 +290,12 @@ class Discriminator(torch.nn.Module):
     prompts [B, P] to a list of logits [B, places].
 
     One convolutional head for each of the backbone's maps and one on the pooled last map. Gradient
-    flows through the backbone to the picture; only the heads learn. prompt is P, or None for heads
-    that are not told the caption, as the official ones (four of width 512 with strides and blurs
-    on OpenCLIP ConvNeXt-XXLarge; deviation 11).
+    flows through the backbone to the picture; only the heads learn. pooled_width is P, or None for
+    heads that are not told the caption, as the official ones (four of width 512 with strides and
+    blurs on OpenCLIP ConvNeXt-XXLarge; deviation 11).
     """
 
-    def __init__(self, preset, prompt=None, seed=0, width=64, random_weights=False):
+    def __init__(self, preset, pooled_width=None, seed=0, width=64, random_weights=False):
         super().__init__()
         from transformers import AutoConfig, ConvNextV2Backbone, ConvNextV2Config
         if random_weights and not Path(preset.discriminator).exists():
@@ -315,8 +316,8 @@ class Discriminator(torch.nn.Module):
         torch.manual_seed(seed)
         channels, layer = self.backbone.channels, partial(torch.nn.Conv2d, kernel_size=3, padding=1)
         self.heads = torch.nn.ModuleList(
-            [Head(c, width, layer, prompt) for c in channels]
-            + [Head(channels[-1], width, torch.nn.Linear, prompt)])
+            [Head(c, width, layer, pooled_width) for c in channels]
+            + [Head(channels[-1], width, torch.nn.Linear, pooled_width)])
 
     def forward(self, pictures, pooled=None):
         maps = self.backbone((pictures - self.mean) / self.std).feature_maps

@@ -80,10 +80,10 @@ def block_bytes(net, tokens, half):
     return [found.get(kind, next(iter(found.values()))) for kind in kinds]
 
 
-def state_of(stage, net, half, f=None, discriminator=None, match=False):
+def state_of(stage, net, half, f=None, discriminator=None, bare=None):
     """{what: (bytes, whether FSDP shards it)}; gradients of student and fake score never live at
-    once, nor do the discriminator's and the generator's. match: Stage II with teacher and fake
-    score."""
+    once, nor do the discriminator's and the generator's. bare: the transformer without LoRA, if
+    Stage II has teacher and fake score, too."""
     weights, buffers = list(net.parameters()), list(net.buffers())
     frozen, small = 2 if half else 4, list(f.parameters()) if f else []
     if stage == 1:
@@ -103,10 +103,11 @@ def state_of(stage, net, half, f=None, discriminator=None, match=False):
                 "discriminator": (bytes_of(discriminator.parameters(), 4)
                                   + bytes_of(heads, 12), False),
                 "position tables": (bytes_of(buffers, 4), False)}
-        if match:
-            rows |= {"teacher": (bytes_of(weights, frozen), True),
-                     "fake score with optimiser": (bytes_of(weights, 12), True),
-                     "gradients": (max(bytes_of(learning, 4), bytes_of(weights, 4)), True),
+        if bare is not None:
+            base = list(bare.parameters())
+            rows |= {"teacher": (bytes_of(base, frozen), True),
+                     "fake score with optimiser": (bytes_of(base, 12), True),
+                     "gradients": (max(bytes_of(learning, 4), bytes_of(base, 4)), True),
                      "position tables": (bytes_of(buffers, 8 + frozen), False)}
     return rows
 
@@ -123,7 +124,7 @@ def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lam
             cache = BlockCache(bare, span, make_compensation(bare.inner_dim))
         forward_flops(bare, shape, preset.tokens, cache, "record")
         ratio = forward_flops(bare, shape, preset.tokens, cache, "reuse") / full
-    kept = block_bytes(meta_transformer(config), tokens, half)
+    kept = whole = block_bytes(meta_transformer(config), tokens, half)
     most = max(n for n, _ in kept)
     if stage == 2 and span:
         first, last = map(int, span.split("-"))
@@ -150,7 +151,8 @@ def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lam
         light, _ = saved_bytes(lambda: decode(x), decode.vae.parameters())
         extra = {False: (plain + seen) * scale, True: (light + worst + seen) * scale}
     match = stage == 2 and settings.match_iterations > 0
-    state = state_of(stage, net, half, f, discriminator, match)
+    state = state_of(stage, net, half, f, discriminator,
+                     meta_transformer(config) if match else None)
     state["VAE"] = bytes_of(decode.vae.parameters(), 4), False
     gathered = 2 * max(bytes_of(b.parameters(), 8) for b in net.transformer_blocks)
 
@@ -159,8 +161,10 @@ def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lam
         # whole at a time, weights and gradients in bf16 and the gradient to be summed in fp32.
         held = sum(n / processes if sharded else n for n, sharded in state.values())
         copies = (bytes_of(weights, 2) if half else 0) if processes == 1 else gathered
-        kept_now = (sum(i for _, i in kept) + most if checkpointing else sum(n for n, _ in kept))
-        return held + copies + b * (kept_now + extra[checkpointing] + most)   # `most`: temporaries
+        def inside(blocks):
+            return sum(i for _, i in blocks) + most if checkpointing else sum(n for n, _ in blocks)
+        busiest = max(inside(kept) + extra[checkpointing], inside(whole) * match)
+        return held + copies + b * (busiest + most)                         # `most`: temporaries
 
     batch, lines = settings.batch_size, ["memory plan" + (" (CUDA)" if half else " (CPU)")]
     lines += [f"  {what:26}{n / GB:9.3f} GB{'' if sharded else '  on every GPU'}"
@@ -192,7 +196,7 @@ def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lam
     learning = bytes_of((p for p in weights if p.requires_grad), 8)
     disk = (2 * (bytes_of(weights, 4) + learning) if stage == 1
             else bytes_of(weights, 4) + learning + state["f with optimiser"][0]
-            + match * bytes_of(weights, 12))
+            + (state["fake score with optimiser"][0] if match else 0))
     lines.append(f"  disk: {disk / GB:.1f} GB a checkpoint, three while one is written; student/ "
                  f"{bytes_of(meta_transformer(config).parameters(), 2) / GB:.1f} GB")
     again = int(settings.gradient_checkpointing)

@@ -44,8 +44,8 @@ class Settings:
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
     fit_iterations: int = option(None, "steps that fit f first, cached step to full step [ours]",
                                  low=0)
-    match_iterations: int = option(None, "after that, turns of Stage I's loss on the cached path, "
-                                   "of fake score and student [ours]", low=0)
+    match_iterations: int = option(None, "after that, turns of Stage I's losses on the cached "
+                                   "path, of fake score and student [ours]", low=0)
     unconditional: bool = option(False, "do not tell the discriminator the caption [official]")
     warmup: int = option(None, "iterations in which G's turns move f alone "
                          "[paper, second hand: 500]",
@@ -53,12 +53,13 @@ class Settings:
     references: int = option(768, "reference pictures, made once and kept [ours]", low=1,
                              high=10**7)
     # optimisation
-    iterations: int = option(None, "optimiser steps, D and G together, after the fit "
-                             "[official 4000]", low=0, high=999_999)
+    iterations: int = option(None, "optimiser steps, D and G together, after fit and "
+                             "match [official 4000]", low=0, high=999_999)
     batch_size: int = option(None, "global batch [official 32]", low=1, high=65536)
     accumulation: int = option(1, "micro-batches one after the other, to save memory",
                                low=1, high=65536)
-    student_lr: float = option(None, "learning rate [official 1e-5, of LoRA]", above=0, high=1)
+    student_lr: float = option(None, "of the adversarial turns [official 1e-5, of LoRA]", above=0,
+                               high=1)
     compensation_lr: float = option(None, "of f [official 1e-3; tiny 1e-4, ours]", above=0, high=1)
     fit_lr: float = option(1e-3, "of f during the fit [ours]", above=0, high=1)
     match_lr: float = option(None, "of the student in the match [Stage I's]", above=0, high=1)
@@ -80,7 +81,8 @@ class Settings:
 
 BETAS = (0.9, 0.95)                     # [official] all three; [paper, second hand] too
 WEIGHT_DECAY = 1e-4                     # [official]
-CLIP = 2.0                              # [official] student and f jointly; D is not clipped
+CLIP = 2.0                              # [official] student and f jointly; D is not clipped;
+                                        # the fake score as they [ours]
 D_ONLY, D_PER_G = 50, 2                 # [official] discriminator alone at first, then 2 D : 1 G
 FAKE_BETAS = (0.0, 0.999)               # [official] of Stage I, for its fake score
 
@@ -107,6 +109,9 @@ def resolve(settings):
         settings.fit_iterations = settings.warmup = 0
     if settings.cached_blocks == "none":
         settings.match_iterations = 0
+    if settings.fit_iterations + settings.match_iterations + settings.iterations > 999_999:
+        raise UserError("--fit-iterations, --match-iterations and --iterations are more than "
+                        "999,999 together")
     check_batch(settings)
     if settings.references % processes():
         raise UserError(f"--references {settings.references} is not a multiple of "
@@ -238,8 +243,7 @@ def main(argv):
 
     def batch_of(i):
         """(noise indices, prompts) of iteration i, this process's share of B: the discriminator's
-        turns take those of references, f's and the generator's turns fresh ones, which nobody can
-        learn by heart."""
+        turns take those of references, all others fresh ones, which nobody can learn by heart."""
         g = rng(settings.seed, i, "batch")
         if turn_of(i, *before) == "discriminator":
             pick = torch.randint(R, (B,), generator=g).tolist()
@@ -296,11 +300,11 @@ def main(argv):
         learners, logged = TURNS[turn]
         draws = dict(zip(("pick", "embeds", "pooled"), (torch.tensor(pick), *book(i)), strict=True))
         k = steps - 1                                           # the step that is looked at
-        if turn in ("fake score", "match"):                     # any, as in Stage I
+        if turn in ("fake score", "match"):     # any; one for all, as the cache has one mode
             g = rng(settings.seed, i, "match")
             k = int(torch.randint(steps, (1,), generator=g))
             draws |= {"uniform": world.share(torch.rand(B, generator=g)),
-                      "again": world.share(torch.randn(B, *shape, generator=g))}
+                      "fresh": world.share(torch.randn(B, *shape, generator=g))}
         micros = [dict(zip(draws, part, strict=True)) for part in
                   zip(*(value.chunk(settings.accumulation) for value in draws.values()),
                       strict=True)]
@@ -314,10 +318,11 @@ def main(argv):
             with torch.no_grad():
                 x = roll_out(student, noise, prompt, sigmas[:k + 1], cache)[0][-1]     # B×C×H×W
 
-            # Who learns in this turn; nobody else's gradients are touched. Only now, after a
-            # forward: fully_shard takes a network that starts frozen for one that never learns.
-            # (The fake score runs without gradient in all turns but its own, the others in its.)
-            for name in networks.keys() - {"fake_score"} if turn != "fake score" else ():
+            # Who learns in this turn; nobody else's gradients are touched. Where a network runs
+            # without gradient there is nothing to freeze, and it must not be frozen before its
+            # first forward: fully_shard would take it for one that never learns.
+            for name in {"fake score": (), "discriminator": learners}.get(
+                    turn, networks.keys() - {"fake_score"}):
                 for p in learning[name]:
                     p.requires_grad_(name in learners)
                 for group in optimizers[name].param_groups:
@@ -340,23 +345,24 @@ def main(argv):
                 values = {"fit": loss}
 
             elif turn in ("fake score", "match"):
-                # ---- 3b. Stage I's two losses at the end of this step (deviation 14)
+                # ---- 3b. Stage I's two losses, in its default form, at the end of this step
+                # (deviation 14)
                 ends = torch.tensor([[high], [low]]).expand(2, len(x))                # 2×B
                 sigma = draw_sigma(m["uniform"], *ends, curves[turn]).to(device)      # B
-                again = renoise(p.detach(), low, sigma, m["again"].to(device))
+                x_sigma = renoise(p.detach(), low, sigma, m["fresh"].to(device))
                 if turn == "fake score":
-                    v_fake = velocity(networks["fake_score"], again, sigma, prompt)
-                    loss = fake_score_loss(v_fake, again, x0_from_velocity(x, high, v), sigma)
+                    v_fake = velocity(networks["fake_score"], x_sigma, sigma, prompt)
+                    loss = fake_score_loss(v_fake, x_sigma, x0_from_velocity(x, high, v), sigma)
                     values = {"loss_fake": loss}
                 else:
                     with torch.no_grad():
-                        both = velocity(teacher, again.repeat(2, 1, 1, 1), sigma.repeat(2), [
+                        both = velocity(teacher, x_sigma.repeat(2, 1, 1, 1), sigma.repeat(2), [
                             torch.cat(part) for part in
                             zip(prompt, book.uncond(len(x)), strict=True)])
                         v_real = guide(*both.chunk(2), sigma, init["guidance"], init["alpha"])
-                        v_fake = velocity(networks["fake_score"], again, sigma, prompt)
-                    loss = dmd_loss(p, euler(again, v_real, sigma, low),
-                                    euler(again, v_fake, sigma, low))
+                        v_fake = velocity(networks["fake_score"], x_sigma, sigma, prompt)
+                    loss = dmd_loss(p, euler(x_sigma, v_real, sigma, low),
+                                    euler(x_sigma, v_fake, sigma, low))
                     values = {"loss_match": loss}
 
             else:
@@ -426,13 +432,18 @@ def main(argv):
 
 
 def load_fake_score(settings, preset):
-    """The fake score of Stage I's newest checkpoint, which knows the student, or the base model."""
+    """The fake score of Stage I's newest checkpoint, which knows the student already, or the base
+    model (deviation 14)."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from model import load_transformer
     net = load_transformer(preset, random_weights=settings.random_weights)
     saved = sorted(Path(settings.init).glob("checkpoint-??????/fake_score.safetensors"))
+    if not saved:
+        print(f"{settings.init} has no checkpoint left; its fake score starts from the base model")
+    if settings.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
     try:
         net.load_state_dict(load_file(saved[-1]) if saved else net.state_dict())
     except (OSError, RuntimeError, SafetensorError) as error:
