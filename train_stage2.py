@@ -37,8 +37,8 @@ class Settings:
     random_weights: bool = option(False, "build the base model and the discriminator's backbone "
                                   "without their weights, to try a machine")
     # the method
-    cached_blocks: str = option(None, "span of skipped blocks, first-last, or none [official 2-7: "
-                                "1.75 NFE; ours 2-9: 1.67]")
+    cached_blocks: str = option(None, "span of skipped blocks, first-last, or none, then without "
+                                "fit and match [official 2-7: 1.75 NFE; ours 2-9: 1.67]")
     lora_rank: int = option(None, "train LoRA of this rank, merged at the end [official 64]; "
                             "without it all weights", low=1, high=4096)
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
