@@ -282,7 +282,8 @@ def main(argv):
     measured = [list(filter(None, folders(variant, seed, settings.runs)))[-1]
                 for seed in seeds for variant in variants]
     evaluation = (f"evaluate.py --teacher alpha --seed {settings.eval_seed} --samples-per-prompt "
-                  f"{settings.samples_per_prompt} --out {settings.out} --checkpoint "
+                  f"{settings.samples_per_prompt} --out {settings.out} "
+                  + ("" if "3" in chosen else "--own-path ") + "--checkpoint "
                   + " ".join(dict.fromkeys(measured)))
     if settings.dry_run:
         print("\n".join(f"python {line}" for line in [*stages[0], *stages[1], evaluation]))

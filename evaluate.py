@@ -21,6 +21,7 @@ that it started from.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -60,6 +61,8 @@ class Settings:
     teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only "
                           "the one that Fréchet distances are taken to",
                           choices=("yes", "alpha", "no"))
+    own_path: bool = option(False, "of each run its own path only, neither without the cache nor "
+                            "with another one")
     out: str = option(None, "folder for results.json, table.md, grid.png (default: results/MODEL)")
     add: list = option(None, "results.json of earlier evaluations of the same protocol")
     clip: str = option(None, "folder or hub id of the CLIP score's CLIPModel")
@@ -296,8 +299,9 @@ def main(argv):
         spans = {Path(recipe.get("init") or "").name: recipe["cached_blocks"]
                  for recipe in reversed(recipes.values()) if recipe["cached_blocks"]}
         for run, recipe in recipes.items():
-            yield from run_rows(run, recipe, preset, recipe["cached_blocks"] or spans.get(run.name),
-                                device)
+            span = recipe["cached_blocks"] or spans.get(run.name)
+            yield from itertools.islice(run_rows(run, recipe, preset, span, device),
+                                        1 if settings.own_path else None)
 
     def fill(name, album, sampler):
         """Samples the pictures of a row that its album does not hold yet."""
