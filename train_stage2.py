@@ -439,13 +439,14 @@ def load_fake_score(settings, preset):
 
     from model import load_transformer
     net = load_transformer(preset, random_weights=settings.random_weights)
+    if settings.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
     saved = sorted(Path(settings.init).glob("checkpoint-??????/fake_score.safetensors"))
     if not saved:
         print(f"{settings.init} has no checkpoint left; its fake score starts from the base model")
-    if settings.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
+        return net
     try:
-        net.load_state_dict(load_file(saved[-1]) if saved else net.state_dict())
+        net.load_state_dict(load_file(saved[-1]))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{saved[-1]} does not load "
                         f"({str(error).splitlines()[0][:160]})") from error
