@@ -81,6 +81,15 @@ def roll_out(student, x, prompt, sigmas, cache=None, later="reuse"):
     return latents, velocities
 
 
+def guided_velocity(net, x, sigma, prompt, uncond, guidance, alpha):
+    """The teacher's velocity [B, C, H, W] by Eq. 4: conditional and unconditional pass, always
+    both, as one batch. sigma [B] or a number; prompt, uncond (embeds, pooled)."""
+    twice = torch.cat([sigma, sigma]) if torch.is_tensor(sigma) else sigma
+    both = velocity(net, torch.cat([x, x]), twice,
+                    [torch.cat(part) for part in zip(prompt, uncond, strict=True)])
+    return guide(*both.chunk(2), sigma, guidance, alpha)
+
+
 def sample_guided(net, x, prompt, uncond, sigmas, guidance, alpha=1.0):
     """(latents [B, C, H, W], passes): Euler with the guidance rule of Eq. 4,
     α = 1 being guidance everywhere.
@@ -91,9 +100,7 @@ def sample_guided(net, x, prompt, uncond, sigmas, guidance, alpha=1.0):
     passes = 0
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
         if guidance != 1 and sigma <= alpha:
-            both = velocity(net, torch.cat([x, x]), sigma,
-                            [torch.cat(p) for p in zip(prompt, uncond, strict=True)])
-            v = guide(*both.chunk(2), sigma, guidance, alpha)
+            v = guided_velocity(net, x, sigma, prompt, uncond, guidance, alpha)
             passes += 2
         else:
             v = velocity(net, x, sigma, prompt)

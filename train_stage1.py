@@ -101,11 +101,11 @@ def main(argv):
     import torch
     from tqdm import tqdm
 
-    from losses import (dmd_loss, draw_sigma, euler, fake_score_loss, guide, importance_curve,
+    from losses import (dmd_loss, draw_sigma, euler, fake_score_loss, importance_curve,
                         renoise, window, x0_from_velocity)
     from model import (Decoder, PromptBook, check_base, choose_prompts, load_transformer,
                        pick_device, place, save_transformer, vae_config, vae_factor, velocity)
-    from sampler import Gallery, recipe_of, roll_out, sigma_grid
+    from sampler import Gallery, guided_velocity, recipe_of, roll_out, sigma_grid
 
     # ================================================================== set up
     device = pick_device(settings.device)
@@ -218,10 +218,8 @@ def main(argv):
                 x = renoise(p, low, sigma, m["noise_student"])
                 # Conditional and unconditional pass, always both: one that only some
                 # processes need would hang the others (deviation 6).
-                both = velocity(teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), [
-                    torch.cat(part) for part in
-                    zip(m["prompt"], book.uncond(len(x)), strict=True)])
-                v_real = guide(*both.chunk(2), sigma, settings.guidance, settings.alpha)  # Eq. 4
+                v_real = guided_velocity(teacher, x, sigma, m["prompt"], book.uncond(len(x)),
+                                         settings.guidance, settings.alpha)            # Eq. 4
                 v_fake = velocity(fake_score, x, sigma, m["prompt"])
             m["loss_student"] = dmd_loss(
                 p, euler(x, v_real, sigma, low), euler(x, v_fake, sigma, low),

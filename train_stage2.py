@@ -140,11 +140,12 @@ def main(argv):
 
     from cache import BlockCache, make_compensation, nfe, parse_span
     from losses import (discriminator_loss, dmd_loss, draw_sigma, euler, fake_score_loss, fit_loss,
-                        generator_loss, guide, importance_curve, renoise, x0_from_velocity)
+                        generator_loss, importance_curve, renoise, x0_from_velocity)
     from model import (Decoder, Discriminator, PromptBook, check_base, choose_prompts,
                        load_transformer, pick_device, place, save_transformer, velocity)
-    from sampler import (Gallery, image_noise, load_scheduler, load_student, read_recipe, recipe_of,
-                         roll_out, sample_guided, sigma_grid, teacher_sigmas)
+    from sampler import (Gallery, guided_velocity, image_noise, load_scheduler, load_student,
+                         read_recipe, recipe_of, roll_out, sample_guided, sigma_grid,
+                         teacher_sigmas)
 
     # ================================================================== set up
     device = pick_device(settings.device)
@@ -356,10 +357,9 @@ def main(argv):
                     values = {"loss_fake": loss}
                 else:
                     with torch.no_grad():
-                        both = velocity(teacher, x_sigma.repeat(2, 1, 1, 1), sigma.repeat(2), [
-                            torch.cat(part) for part in
-                            zip(prompt, book.uncond(len(x)), strict=True)])
-                        v_real = guide(*both.chunk(2), sigma, init["guidance"], init["alpha"])
+                        v_real = guided_velocity(teacher, x_sigma, sigma, prompt,
+                                                 book.uncond(len(x)), init["guidance"],
+                                                 init["alpha"])
                         v_fake = velocity(networks["fake_score"], x_sigma, sigma, prompt)
                     loss = dmd_loss(p, euler(x_sigma, v_real, sigma, low),
                                     euler(x_sigma, v_fake, sigma, low))
