@@ -62,8 +62,9 @@ EXPERIMENTS = {                              # name: (what the paper says, varia
                    [Variant("per sample"), Variant("per column", "--normaliser column")]),
     "span": ("Width of the cached span (sweep).",
              [Variant("2 steps, no cache", "", "--cached-blocks none"),
-              Variant("2-4, slow", "", "--cached-blocks 2-4"), STAGE2._replace(label="2-5, fast"),
-              Variant("2-7", "", "--cached-blocks 2-7")]),
+              Variant("1-3, slow", "", "--cached-blocks 1-3"), STAGE2._replace(label="1-4, fast"),
+              Variant("2-5, as wide, one later", "", "--cached-blocks 2-5"),
+              Variant("1-6", "", "--cached-blocks 1-6")]),
 }
 
 

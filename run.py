@@ -327,6 +327,30 @@ def versions():
             "cores": os.cpu_count(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
+def checkpoints(folder):
+    """Checkpoint folders of a run, oldest first."""
+    return sorted(Path(folder).glob("checkpoint-??????"))
+
+
+def newest_checkpoint(run_folder, loud=True):
+    """(iteration, {part: {name: tensor}}) of the newest sound checkpoint, or (0, None).
+    A damaged one is named on stderr, and the one before it is used."""
+    from safetensors.torch import load_file
+    for folder in reversed(checkpoints(run_folder)):
+        try:
+            state = read_json(folder / "state.json")
+            for name, digest in state["files"].items():
+                if Path(name).name != name or _digest(folder / name) != digest:
+                    raise UserError(f"{name} does not match its hash")
+            return (int(state["iteration"]),
+                    {Path(name).stem: load_file(folder / name) for name in state["files"]})
+        except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError,
+                SafetensorError) as error:
+            if loud:
+                print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
+    return 0, None
+
+
 class Run:
     """A run folder. Open it, resume(), then log() and checkpoint() from the loop. All processes
     call every method; the first one writes.
@@ -363,17 +387,15 @@ class Run:
                             "give another --out, or --overwrite to start again")
 
     def checkpoints(self):
-        """Checkpoint folders, oldest first."""
-        return sorted(self.folder.glob("checkpoint-??????"))
+        return checkpoints(self.folder)
 
     def resume(self):
         """(iteration, {part: {name: tensor}}) of the newest sound checkpoint, or (0, None).
         Writes settings.json.
 
-        A damaged checkpoint is named on stderr and the one before it is used. Metrics logged after
-        the checkpoint are dropped, so that metrics.jsonl tells one uninterrupted story.
+        Metrics logged after the checkpoint are dropped, so that metrics.jsonl tells one
+        uninterrupted story.
         """
-        from safetensors.torch import load_file
         self.world.wait()  # until all have read the folder
         if self.world.first:
             if self.replace:  # only now, when all that may fail has been loaded
@@ -385,20 +407,7 @@ class Run:
                         "versions": versions() | {"processes": self.world.size}})
             (self.folder / "samples").mkdir(exist_ok=True)
         self.world.wait()
-        iteration, parts = 0, None
-        for folder in reversed(self.checkpoints()):
-            try:
-                state = read_json(folder / "state.json")
-                for name, digest in state["files"].items():
-                    if Path(name).name != name or _digest(folder / name) != digest:
-                        raise UserError(f"{name} does not match its hash")
-                found = {Path(name).stem: load_file(folder / name) for name in state["files"]}
-                iteration, parts = int(state["iteration"]), found
-                break
-            except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError,
-                    SafetensorError) as error:
-                if self.world.first:
-                    print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
+        iteration, parts = newest_checkpoint(self.folder, self.world.first)
         self._catch_signals()
         if self.world.first:
             self._cut_metrics(iteration)
@@ -478,17 +487,9 @@ class Run:
         """resume() into networks and optimisers, dicts of the same names; returns the iteration.
         A sharded network takes its part of each tensor: any number of processes may have saved it.
         """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         iteration, parts = self.resume()
         if parts:
-            try:
-                for name, net in networks.items():
-                    set_model_state_dict(net, parts[name],
-                                         options=StateDictOptions(full_state_dict=True))
-                    load_optimizer(net, optimizers[name], parts[f"{name}_optimizer"])
-            except (RuntimeError, KeyError) as error:
-                raise UserError(f"{self.folder}: its checkpoint does not fit these networks "
-                                f"({str(error).splitlines()[0][:160]})") from error
+            put_back(self.folder, parts, networks, optimizers, networks, networks)
             print(f"resuming {self.folder} after iteration {iteration}")
         return iteration
 
@@ -546,6 +547,21 @@ class Patience:
         if self.bad >= self.limit:
             raise UserError(f"{self.bad} iterations in a row were not finite; the newest "
                             f"checkpoint in {self.run.folder} is sound")
+
+
+def put_back(folder, parts, networks, optimizers, weights, states):
+    """Parts of a checkpoint, as Run.save wrote them, into the networks named in `weights` and the
+    optimisers named in `states`; UserError, with the folder, when they do not fit."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    try:
+        for name in weights:
+            set_model_state_dict(networks[name], parts[name],
+                                 options=StateDictOptions(full_state_dict=True))
+        for name in states:
+            load_optimizer(networks[name], optimizers[name], parts[f"{name}_optimizer"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{folder}: its checkpoint does not fit these networks "
+                        f"({str(error).splitlines()[0][:160]})") from error
 
 
 def whole_state(net):

@@ -265,7 +265,7 @@ def nfe_table():
     lines = [f"{'model':14}{'span':>8}{'blocks':>9}{'FLOPs':>9}{'with f':>9}"
              "   of two steps; the teacher: 56"]
     for preset in PRESETS.values():
-        slow = {"sd3-medium": ["2-7"], "tiny": ["2-4"]}.get(preset.name, [])
+        slow = {"sd3-medium": ["2-7"], "tiny": ["1-3"]}.get(preset.name, [])
         for span in [preset.cached_blocks, *slow]:
             n = count_nfe(preset, span)
             lines.append(f"{preset.name:14}{span:>8}{n['blocks']:9.3f}{n['flops']:9.3f}"

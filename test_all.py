@@ -943,13 +943,13 @@ def test_turns_are_the_official_ones():
 
 def test_a_stage2_run_leaves_what_the_contract_says(finished, finished2):
     recipe = json.loads((finished2 / "distill.json").read_text())
-    assert recipe["cached_blocks"] == "2-5" and recipe["nfe"] == pytest.approx(1.6667, abs=1e-4)
+    assert recipe["cached_blocks"] == "1-4" and recipe["nfe"] == pytest.approx(1.6667, abs=1e-4)
     assert recipe["stage"] == 2 and recipe["iteration"] == 7
     before, after = weights(finished), weights(finished2)
     moved = {key.split(".")[1] for key in before if key.startswith("transformer_blocks.")
              and not torch.equal(before[key], after[key])}
     # (the only match turn of this run drew step two)
-    assert moved and not moved & {"2", "3", "4", "5"}, "skipped blocks get no gradient"
+    assert moved and not moved & {"1", "2", "3", "4"}, "skipped blocks get no gradient"
     from safetensors.torch import load_file
     assert load_file(finished2 / "compensation.safetensors")["image.down.weight"].abs().sum() > 0
 
@@ -1006,22 +1006,34 @@ def test_the_discriminator_is_told_the_caption_unless_it_is_not_to_be():
         assert torch.equal(one, other)
 
 
-def test_the_match_begins_with_stage_ones_fake_score(finished, tmp_path):
-    """Or with the base model, where no checkpoint is left; a cut one is one line."""
+def test_the_match_begins_where_stage_one_stopped(finished, tmp_path):
+    """Its fake score and both optimisers' states (with LoRA only the fake score's); the base model
+    and fresh optimisers where no sound checkpoint is left."""
+    from safetensors.torch import load_file
     shutil.copytree(finished, tmp_path / "run")
-    newest = sorted((tmp_path / "run").glob("checkpoint-*"))[-1] / "fake_score.safetensors"
-    settings = train_stage2.Settings(init=str(tmp_path / "run"))
+    newest = sorted((tmp_path / "run").glob("checkpoint-*"))[-1]
+    saved = load_file(newest / "fake_score.safetensors")
+    moments = load_file(newest / "student_optimizer.safetensors")
 
-    def first():
-        return next(train_stage2.load_fake_score(settings, TINY).parameters())
-    base = next(model.load_transformer(TINY).parameters())
-    assert not torch.equal(first(), base)
-    os.truncate(newest, 100)
-    with pytest.raises(run.UserError, match="fake_score.safetensors does not load"):
-        first()
+    def begin(**settings):
+        networks = {name: model.load_transformer(TINY) for name in ("fake_score", "student")}
+        optimizers = {name: torch.optim.AdamW(net.parameters()) for name, net in networks.items()}
+        train_stage2.continue_stage1(
+            train_stage2.Settings(init=str(tmp_path / "run"), **settings), networks, optimizers)
+        return networks["fake_score"].state_dict(), {
+            name: run.optimizer_tensors(networks[name], optimizers[name]) for name in networks}
+    weights, states = begin()
+    assert all(torch.equal(weights[key], value) for key, value in saved.items())
+    assert moments.keys() == states["student"].keys() and len(moments) > 100
+    assert all(torch.equal(states["student"][key], value) for key, value in moments.items())
+    weights, states = begin(lora_rank=4)
+    assert states["fake_score"] and not states["student"]
     for folder in (tmp_path / "run").glob("checkpoint-*"):
-        shutil.rmtree(folder)
-    assert torch.equal(first(), base)
+        os.truncate(folder / "fake_score.safetensors", 100)
+    weights, states = begin()
+    assert states == {"fake_score": {}, "student": {}}
+    base = model.load_transformer(TINY).state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in base.items())
 
 
 def test_stage2_without_a_cache_trains_and_saves(finished, tmp_path, monkeypatch):

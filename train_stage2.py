@@ -21,8 +21,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from run import (Patience, Run, UserError, World, check_batch, command, option, parse_settings,
-                 processes, rng, save_whole, update, write_json)
+from run import (Patience, Run, UserError, World, check_batch, command, newest_checkpoint, option,
+                 parse_settings, processes, put_back, rng, save_whole, update, write_json)
 
 
 @dataclasses.dataclass
@@ -81,10 +81,9 @@ class Settings:
 
 BETAS = (0.9, 0.95)                     # [official] all three; [paper, second hand] too
 WEIGHT_DECAY = 1e-4                     # [official]
-CLIP = 2.0                              # [official] student and f jointly; D is not clipped;
-                                        # the fake score as they [ours]
+CLIP = 2.0                              # [official] student and f jointly; D is not clipped
 D_ONLY, D_PER_G = 50, 2                 # [official] discriminator alone at first, then 2 D : 1 G
-FAKE_BETAS = (0.0, 0.999)               # [official] of Stage I, for its fake score
+MATCH_BETAS, CLIP_FAKE = (0.0, 0.999), 1.0      # of Stage I; there the student is clipped at 2, too
 
 TURNS = {                               # whose turn it is: (who learns, what is logged)
     "fit": (("compensation",), ("fit", "norm_f")),
@@ -216,14 +215,19 @@ def main(argv):
     if settings.match_iterations:
         teacher = load_transformer(preset, frozen, settings.random_weights).requires_grad_(False)
         teacher = place(teacher, device, world)
-        networks["fake_score"] = place(load_fake_score(settings, preset), device, world)
+        fake_score = load_transformer(preset, random_weights=settings.random_weights)
+        if settings.gradient_checkpointing:
+            fake_score.enable_gradient_checkpointing()
+        networks["fake_score"] = place(fake_score, device, world)
         rates["fake_score"] = settings.fake_lr
     learning = {name: [p for p in net.parameters() if p.requires_grad]
                 for name, net in networks.items()}
     optimizers = {name: torch.optim.AdamW(
-        learning[name], lr=rates[name], betas=FAKE_BETAS if name == "fake_score" else BETAS,
-        weight_decay=WEIGHT_DECAY, fused=True) for name in networks}
+        learning[name], lr=rates[name], betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+        for name in networks}
     start = run.restore(networks, optimizers)
+    if settings.match_iterations and not start:
+        continue_stage1(settings, networks, optimizers)
     recipe_file = run.folder / "distill.json"
     side = init["latent_shape"][1]
     recipe = recipe_of(preset, 2, steps, init["alpha"], init["guidance"], init["latent_shape"],
@@ -329,6 +333,7 @@ def main(argv):
                 for group in optimizers[name].param_groups:
                     group["lr"] = (settings.fit_lr if turn == "fit" else settings.match_lr
                                    if (turn, name) == ("match", "student") else rates[name])
+                    group["betas"] = MATCH_BETAS if turn in ("fake score", "match") else BETAS
 
             # ---- 2. the step as inference takes it, with gradient where student or f learn
             gradient = turn in ("fit", "match", "generator")
@@ -394,7 +399,8 @@ def main(argv):
             optimizers["student"].zero_grad(set_to_none=True)
             learners = ("compensation",)
         norm = seen[logged[1]] = update([optimizers[name] for name in learners if name in networks],
-                                        math.inf if turn == "discriminator" else CLIP)
+                                        {"discriminator": math.inf,
+                                         "fake score": CLIP_FAKE}.get(turn, CLIP))
 
         # ================================================================== log, show, save
         done, end, stop = i + 1, i + 1 == total, world.any(run.interrupted)
@@ -431,26 +437,15 @@ def main(argv):
           f"look at {run.folder}/samples/step_{total:06d}.png")
 
 
-def load_fake_score(settings, preset):
-    """The fake score of Stage I's newest checkpoint, which knows the student already, or the base
-    model (deviation 14)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from model import load_transformer
-    net = load_transformer(preset, random_weights=settings.random_weights)
-    if settings.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
-    saved = sorted(Path(settings.init).glob("checkpoint-??????/fake_score.safetensors"))
-    if not saved:
+def continue_stage1(settings, networks, optimizers):
+    """The match goes on where Stage I stopped: with the fake score of its newest checkpoint, which
+    knows the student already, and the optimisers' states of both (deviation 14)."""
+    _, parts = newest_checkpoint(settings.init)
+    if not parts:
         print(f"{settings.init} has no checkpoint left; its fake score starts from the base model")
-        return net
-    try:
-        net.load_state_dict(load_file(saved[-1]))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{saved[-1]} does not load "
-                        f"({str(error).splitlines()[0][:160]})") from error
-    return net
+        return
+    student = () if settings.lora_rank else ("student",)            # LoRA trains other parameters
+    put_back(settings.init, parts, networks, optimizers, ["fake_score"], ["fake_score", *student])
 
 
 def add_lora(student, rank, seed):
