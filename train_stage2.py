@@ -223,8 +223,8 @@ def main(argv):
     learning = {name: [p for p in net.parameters() if p.requires_grad]
                 for name, net in networks.items()}
     optimizers = {name: torch.optim.AdamW(
-        learning[name], lr=rates[name], betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-        for name in networks}
+        learning[name], lr=rates[name], betas=MATCH_BETAS if name == "fake_score" else BETAS,
+        weight_decay=WEIGHT_DECAY, fused=True) for name in networks}
     start = run.restore(networks, optimizers)
     if settings.match_iterations and not start:
         continue_stage1(settings, networks, optimizers)
@@ -333,7 +333,7 @@ def main(argv):
                 for group in optimizers[name].param_groups:
                     group["lr"] = (settings.fit_lr if turn == "fit" else settings.match_lr
                                    if (turn, name) == ("match", "student") else rates[name])
-                    group["betas"] = MATCH_BETAS if turn in ("fake score", "match") else BETAS
+                    group["betas"] = MATCH_BETAS if turn == "match" else BETAS
 
             # ---- 2. the step as inference takes it, with gradient where student or f learn
             gradient = turn in ("fit", "match", "generator")
