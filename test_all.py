@@ -967,8 +967,9 @@ def test_a_resumed_stage2_run_is_the_undisturbed_one_bit_for_bit(finished, finis
 
 
 def test_neither_turn_leaks_gradient_into_the_other(finished, tmp_path, monkeypatch):
-    """Generator turns leave the discriminator's gradients empty, and the other way round. And only
-    the discriminator sees the references' noises again: what is fitted on them is learnt by heart.
+    """Generator turns leave the discriminator's gradients empty, and the other way round. Only the
+    discriminator sees the references' noises again: what is fitted on them is learnt by heart. And
+    the match, both of its turns, has Stage I's betas.
     """
     seen, real, indices, draw = [], run.update, [], sampler.image_noise
     monkeypatch.setattr(sampler, "image_noise", lambda seed, i, shape, who="image": (
@@ -978,7 +979,7 @@ def test_neither_turn_leaks_gradient_into_the_other(finished, tmp_path, monkeypa
     def spy(optimizers, max_norm=math.inf):
         live = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
         every = [p for o in spy.all for g in o.param_groups for p in g["params"]]
-        seen.append(len(optimizers))
+        seen.append((len(optimizers), *{g["betas"] for o in optimizers for g in o.param_groups}))
         assert all(p.grad is None for p in every if id(p) not in live)
         return real(optimizers, max_norm)
     spy.all, build = [], torch.optim.AdamW
@@ -989,7 +990,9 @@ def test_neither_turn_leaks_gradient_into_the_other(finished, tmp_path, monkeypa
     train_stage2.main([*STAGE2, "--init", str(finished), "--fit-iterations", "1",
                        "--match-iterations", "2", "--iterations", "4", "--out",
                        str(tmp_path / "leak")])
-    assert seen == [1, 1, 2, 1, 1, 1, 2] and len(spy.all) == 4
+    one, two = train_stage1.BETAS, train_stage2.BETAS
+    assert seen == [(1, two), (1, one), (2, one), (1, two), (1, two), (1, two), (2, two)]
+    assert len(spy.all) == 4
     assert [index >= 8 for index in indices] == [False, True, True, True, False, False, False,
                                                  True]
 
