@@ -440,9 +440,12 @@ def main(argv):
 def continue_stage1(settings, networks, optimizers):
     """The match goes on where Stage I stopped: with the fake score of its newest checkpoint, which
     knows the student already, and the optimisers' states of both (deviation 14)."""
-    _, parts = newest_checkpoint(settings.init)
+    first = World().first
+    _, parts = newest_checkpoint(settings.init, first)
     if not parts:
-        print(f"{settings.init} has no checkpoint left; its fake score starts from the base model")
+        if first:
+            print(f"{settings.init} has no checkpoint left; its fake score starts from the base "
+                  "model")
         return
     student = () if settings.lora_rank else ("student",)            # LoRA trains other parameters
     put_back(settings.init, parts, networks, optimizers, ["fake_score"], ["fake_score", *student])
