@@ -6,10 +6,10 @@ two newest checkpoint-NNNNNN/ and, at the end, the result. Everything is safeten
 nothing is ever unpickled, so loading a stranger's checkpoint cannot run a stranger's code.
 
 Four mechanisms carry the robustness of the project, and each exists once:
-  parse_settings   the only place where the command line is read and checked
-  save_whole       the only way a folder is written: temporary name, fsync, rename
-  Run.resume       the only reader of checkpoints: checks the hashes, falls back to the one before
-  World            the only place where the processes of torchrun speak with each other
+  parse_settings     the only place where the command line is read and checked
+  save_whole         the only way a folder is written: temporary name, fsync, rename
+  newest_checkpoint  what training goes on from: checks the hashes, falls back to the one before
+  World              the only place where the processes of torchrun speak with each other
 """
 
 import argparse
@@ -386,9 +386,6 @@ class Run:
                             f"({'; '.join(differing)}); "
                             "give another --out, or --overwrite to start again")
 
-    def checkpoints(self):
-        return checkpoints(self.folder)
-
     def resume(self):
         """(iteration, {part: {name: tensor}}) of the newest sound checkpoint, or (0, None).
         Writes settings.json.
@@ -464,22 +461,22 @@ class Run:
 
         if self.world.first:
             save_whole(self.folder / f"checkpoint-{iteration:06d}", write)
-            for old in self.checkpoints()[:-KEEP]:
+            for old in checkpoints(self.folder)[:-KEEP]:
                 shutil.rmtree(old)
         self.world.wait()
 
     def finished(self, total):
         """True, and says so, when the result has `total` iterations; UserError when it has passed
         them without a result. Before anything is loaded."""
-        recipe, checkpoints = self.folder / "distill.json", self.checkpoints()
+        recipe, saved = self.folder / "distill.json", checkpoints(self.folder)
         if self.replace:
             return False
         if recipe.exists() and read_json(recipe)["iteration"] >= total:
             print(f"{self.folder} is finished; more --iterations continue it, "
                   "--overwrite starts again")
             return True
-        if checkpoints and int(checkpoints[-1].name[-6:]) > total:
-            raise UserError(f"{self.folder} is at iteration {int(checkpoints[-1].name[-6:])} "
+        if saved and int(saved[-1].name[-6:]) > total:
+            raise UserError(f"{self.folder} is at iteration {int(saved[-1].name[-6:])} "
                             "already; give more --iterations")
         return False
 

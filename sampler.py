@@ -24,7 +24,8 @@ from cache import BlockCache, make_compensation, nfe, parse_span
 from losses import euler, guide, shift_sigma
 from model import (PRESETS, Decoder, PromptBook, check_base, choose_prompts, find_preset,
                    pick_device, save_pictures, velocity, warn_unknown_words)
-from run import FORMAT, UserError, World, command, option, parse_settings, read_json, rng
+from run import (FORMAT, UserError, World, checkpoints, command, option, parse_settings, read_json,
+                 rng)
 
 TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 
@@ -170,10 +171,10 @@ def load_student(folder, preset, recipe, device):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = Path(folder)
-    checkpoints = sorted(folder.glob("checkpoint-??????"))
-    newest = int(checkpoints[-1].name[-6:]) if checkpoints else -1
+    saved = checkpoints(folder)
+    newest = int(saved[-1].name[-6:]) if saved else -1
     finished = (folder / "student" / "config.json").exists() and recipe["iteration"] >= newest
-    if not finished and not checkpoints:
+    if not finished and not saved:
         raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
     compensation = None
     try:
@@ -183,11 +184,11 @@ def load_student(folder, preset, recipe, device):
         else:
             net = SD3Transformer2DModel.from_config(
                 check_base(preset, recipe.get("random_weights")))
-            net.load_state_dict(load_file(checkpoints[-1] / "student.safetensors"))
+            net.load_state_dict(load_file(saved[-1] / "student.safetensors"))
         if recipe["cached_blocks"] and recipe.get("compensation", True):
             compensation = make_compensation(net.inner_dim)
             compensation.load_state_dict(load_file(
-                (folder if finished else checkpoints[-1]) / "compensation.safetensors"))
+                (folder if finished else saved[-1]) / "compensation.safetensors"))
             compensation.to(device).eval()
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: its student does not load "

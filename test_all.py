@@ -541,7 +541,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    reached = int(run.Run(out, {}, overwrite=True).checkpoints()[-1].name[-6:])
+    reached = int(run.checkpoints(out)[-1].name[-6:])
     total = max(reached + 1, 3)
     for folder in (out, tmp_path / "undisturbed"):
         train_stage1.main([*SMALL, "--iterations", str(total), "--out", str(folder)])
@@ -626,7 +626,7 @@ def test_a_killed_making_of_the_teacher_goes_on_bit_for_bit(tmp_path, monkeypatc
         time.sleep(0.005)
     process.kill()
     process.wait()
-    reached = run.Run(killed / "text_encoder_1", {}, True).checkpoints()[-1].name
+    reached = run.checkpoints(killed / "text_encoder_1")[-1].name
     assert reached < "checkpoint-000400"
     tokenizer = tiny.make_tokenizer(tokens)
     one, other = (tiny.make_text_encoder(tokenizer, 0, tiny.Settings(work=str(folder)))

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from run import (Patience, Run, UserError, World, check_batch, command, newest_checkpoint, option,
                  parse_settings, processes, put_back, rng, save_whole, update, write_json)
+from train_stage1 import BETAS as MATCH_BETAS
+from train_stage1 import CLIP_FAKE
 
 
 @dataclasses.dataclass
@@ -83,7 +85,6 @@ BETAS = (0.9, 0.95)                     # [official] all three; [paper, second h
 WEIGHT_DECAY = 1e-4                     # [official]
 CLIP = 2.0                              # [official] student and f jointly; D is not clipped
 D_ONLY, D_PER_G = 50, 2                 # [official] discriminator alone at first, then 2 D : 1 G
-MATCH_BETAS, CLIP_FAKE = (0.0, 0.999), 1.0      # of Stage I; there the student is clipped at 2, too
 
 TURNS = {                               # whose turn it is: (who learns, what is logged)
     "fit": (("compensation",), ("fit", "norm_f")),
