@@ -30,8 +30,11 @@ from run import UserError, check_value, command, option, parse_settings, read_js
 Variant = collections.namedtuple("Variant", "label stage1 stage2", defaults=("", None))
 # The default recipe, deviations 11 and 14 included; "no match" below is nearer to the official one.
 STAGE1, STAGE2 = Variant("Stage I"), Variant("Stage II, co-trained", "", "")
-F_ONLY = Variant("f fitted, student as it was", "",
-                 "--fit-iterations 300 --match-iterations 0 --iterations 0 --references 8")
+FIT_ONLY = "--fit-iterations 300 --match-iterations 0 --iterations 0 --references 8"
+F_ONLY = Variant("f fitted, student as it was", "", FIT_ONLY)
+LATER = {span: (Variant(f"{span}, f fitted", "", f"--cached-blocks {span} {FIT_ONLY}"),
+                Variant(f"{span}, co-trained", "", f"--cached-blocks {span}"))
+         for span in ("2-5", "3-6")}         # as wide as the default span, one and two blocks later
 
 EXPERIMENTS = {                              # name: (what the paper says, variants)
     "1": ("Teacher guidance at high noise collapses diversity; switched off there, it survives.",
@@ -63,9 +66,11 @@ EXPERIMENTS = {                              # name: (what the paper says, varia
     "span": ("Width of the cached span (sweep).",
              [Variant("2 steps, no cache", "", "--cached-blocks none"),
               Variant("1-3, slow", "", "--cached-blocks 1-3"), STAGE2._replace(label="1-4, fast"),
-              Variant("2-5, as wide, one later", "", "--cached-blocks 2-5"),
               Variant("1-6", "", "--cached-blocks 1-6")]),
+    "place": ("Place of the cached span: where plain reuse hurts, co-training mends (sweep).",
+              [STAGE1, F_ONLY, STAGE2, *LATER["2-5"], *LATER["3-6"]]),
 }
+ALL_PATHS = ("3", "place")                   # with the span skipped, reused, computed
 
 
 @dataclasses.dataclass
@@ -179,6 +184,11 @@ def statements(name, get):
                 ("free when co-trained, points", points(two, one), "at least", -1),
                 ("… entropy, ratio", ratio(two, one), "at least", 0.95),
                 ("… Fréchet, change", change(two, one), "at most", 0)]
+    if name == "place":
+        return [statement for span, (fitted, trained) in LATER.items() for statement in (
+            (f"{span}: Δ0 reused as it is, points", points(get(fitted, ", plain reuse"), one),
+             "at most", -10),
+            (f"{span}: free when co-trained, points", points(get(trained), one), "at least", -1))]
     if name == "4":
         teacher = get("teacher")
         return [("28×2 ÷ network evaluations", lambda s, c: 56 / two["nfe"], "at least", 33),
@@ -218,7 +228,7 @@ def report(name, variants, rows, seeds, root):
              "| variant | NFE | caption right | usual scene | scene entropy | diversity | "
              "Fréchet to the α-guided teacher |", "|" + " --- |" * 7]
     for variant in variants:
-        for suffix in ("", *SUFFIXES) if name == "3" else ("",):
+        for suffix in ("", *SUFFIXES) if name in ALL_PATHS else ("",):
             values = get(variant, suffix)
             if values:
                 lines.append(f"| {variant.label}{suffix} | {values['nfe']:.4g} | " + " | ".join(
@@ -284,7 +294,7 @@ def main(argv):
                 for seed in seeds for variant in variants]
     evaluation = (f"evaluate.py --teacher alpha --seed {settings.eval_seed} --samples-per-prompt "
                   f"{settings.samples_per_prompt} --out {settings.out} "
-                  + ("" if "3" in chosen else "--own-path ") + "--checkpoint "
+                  + ("" if chosen.keys() & set(ALL_PATHS) else "--own-path ") + "--checkpoint "
                   + " ".join(dict.fromkeys(measured)))
     if settings.dry_run:
         print("\n".join(f"python {line}" for line in [*stages[0], *stages[1], evaluation]))
