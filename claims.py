@@ -214,7 +214,8 @@ def judge(statistic, sense, bound, seeds, captions, rounds=2000):
 
 
 def report(name, variants, rows, seeds, root):
-    """The Markdown section of one experiment: its variants' rows, then its statements."""
+    """The Markdown section of one experiment: its variants' rows, each against the default Stage I
+    recipe's first, then its statements."""
     def get(variant, suffix=""):
         if variant == "teacher":
             return teacher_values(rows, len(seeds))
@@ -224,16 +225,24 @@ def report(name, variants, rows, seeds, root):
         by_seed = values.mean(1) if values.ndim == 2 else values
         spread = f" ± {by_seed.std():.3f}" if len(seeds) > 1 else ""
         return f"{by_seed.mean():.3f}{spread}"
+
+    def against(values, digits, statistic):
+        value, low, high, _ = judge(statistic(values, base), "at least", 0, len(seeds), 24)
+        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    first = next(variant for variant in variants if not variant.stage1)
+    base = get(first)
     lines = [f"### {name}: {EXPERIMENTS[name][0]}", "",
-             "| variant | NFE | caption right | usual scene | scene entropy | diversity | "
-             "Fréchet to the α-guided teacher |", "|" + " --- |" * 7]
+             "| variant | NFE | caption right | usual scene | scene entropy | diversity | Fréchet "
+             f"to the α-guided teacher | against *{first.label}*: points | entropy, ratio |",
+             "|" + " --- |" * 9]
     for variant in variants:
         for suffix in ("", *SUFFIXES) if name in ALL_PATHS else ("",):
             values = get(variant, suffix)
             if values:
                 lines.append(f"| {variant.label}{suffix} | {values['nfe']:.4g} | " + " | ".join(
                     cell(values[key]) for key in ("prompt_accuracy", "usual_scene",
-                                                  "scene_entropy", "diversity", "frechet")) + " |")
+                                                  "scene_entropy", "diversity", "frechet"))
+                    + f" | {against(values, 1, points)} | {against(values, 2, ratio)} |")
     judged = [(text, *judge(statistic, sense, bound, len(seeds), 24), sense, bound)
               for text, statistic, sense, bound in statements(name, get)]
     if judged:
