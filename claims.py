@@ -64,7 +64,7 @@ EXPERIMENTS = {                              # name: (what the paper says, varia
     "normaliser": ("Normaliser of the loss (ablation, deviation 3).",
                    [Variant("per sample"), Variant("per column", "--normaliser column")]),
     "span": ("Width of the cached span (sweep).",
-             [Variant("2 steps, no cache", "", "--cached-blocks none"),
+             [Variant("no cache", "", "--cached-blocks none"),
               Variant("1-3, slow", "", "--cached-blocks 1-3"), STAGE2._replace(label="1-4, fast"),
               Variant("1-6", "", "--cached-blocks 1-6")]),
     "place": ("Place of the cached span: where plain reuse hurts, co-training mends (sweep).",
@@ -281,7 +281,7 @@ def plot(path, x, series):
         axes.annotate(label, (a.mean(), y.mean()), xytext=(6, 6), textcoords="offset points")
     axes.set(xlabel={"nfe": "network evaluations"}.get(x, "scene entropy, nats"),
              ylabel="caption right")
-    axes.margins(0.15)
+    axes.margins(x=0.2, y=0.15)                        # room for the labels
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(path)

@@ -26,8 +26,8 @@ LPIPS_SIDE = 256        # [ours] pixels; the paper does not name a protocol
 # ----------------------------------------------------------------------------- statistics
 
 def bootstrap(statistic, prompts, rounds=1000):
-    """95 % interval [low, high] of statistic(indices of prompts), resampling prompts. A resample has
-    fewer distinct prompts, which makes a Fréchet distance larger: its interval leans upwards."""
+    """95 % interval [low, high] of statistic(indices of prompts), resampling prompts. A resample
+    has fewer distinct ones, which makes a Fréchet distance larger: its interval leans upwards."""
     drawn = torch.randint(prompts, (rounds, prompts), generator=rng(0, "bootstrap"))
     values = torch.tensor([float(statistic(index)) for index in drawn])
     return torch.quantile(values, torch.tensor([0.025, 0.975])).tolist()
