@@ -118,13 +118,14 @@ def commands(variants, seeds, root):
 
 
 def execute(line, threads=None):
-    """Runs a script of ours; its output goes to the screen when it fails only."""
+    """Runs a script of ours. Of several side by side, with so many threads each, the output goes to
+    the screen only when they fail."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     print(f"python {line}", flush=True)
     done = subprocess.run([sys.executable, *shlex.split(line)], cwd=Path(__file__).parent,
-                          env=environment, capture_output=True, text=True)
+                          env=environment, capture_output=bool(threads), text=True)
     if done.returncode:
-        sys.stderr.write(done.stdout[-2000:] + done.stderr[-2000:])
+        sys.stderr.write((done.stdout or "")[-2000:] + (done.stderr or "")[-2000:])
         raise UserError(f"python {line} ended with exit code {done.returncode}; "
                         "type the same command again to go on")
 
