@@ -199,15 +199,20 @@ def statements(name, get):
     return []
 
 
-def judge(statistic, sense, bound, seeds, captions, rounds=2000):
-    """(value, low, high, verdict): the interval resamples seeds and captions."""
+def interval(statistic, seeds, captions, rounds=2000):
+    """(value, low, high): 95 % bootstrap that resamples seeds and captions."""
     import torch
     g = rng(0, "claims")
     value = float(statistic(torch.arange(seeds), torch.arange(captions)))
     drawn = torch.tensor([float(statistic(torch.randint(seeds, (seeds,), generator=g),
                                           torch.randint(captions, (captions,), generator=g)))
                           for _ in range(rounds)])
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975])).tolist()
+    return value, *torch.quantile(drawn, torch.tensor([0.025, 0.975])).tolist()
+
+
+def judge(statistic, sense, bound, seeds, captions):
+    """(value, low, high, verdict) of a statement."""
+    value, low, high = interval(statistic, seeds, captions)
     inside, outside = (low >= bound, high < bound) if sense == "at least" else (
         high <= bound, low > bound)
     return value, low, high, ("holds" if inside else "does not hold" if outside
@@ -228,7 +233,7 @@ def report(name, variants, rows, seeds, root):
         return f"{by_seed.mean():.3f}{spread}"
 
     def against(values, digits, statistic):
-        value, low, high, _ = judge(statistic(values, base), "at least", 0, len(seeds), 24)
+        value, low, high = interval(statistic(values, base), len(seeds), 24)
         return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     first = next(variant for variant in variants if not variant.stage1)
     base = get(first)
