@@ -1,16 +1,9 @@
-"""The miniature world: pictures drawn by code, captions, their exact reader,
-and the making of the tiny teacher.
+"""Makes the tiny teacher again from nothing: a Stable Diffusion 3 pipeline (MMDiT, VAE, two CLIP text
+encoders, no T5), only small, and two vision backbones.
 
-    python tiny.py          # makes weights/tiny-sd3 again from nothing; resumes when interrupted
+    python -m tiny.make_teacher          # writes tiny/sd3; an hour or two; resumes when interrupted
 
-A picture shows one shape in one colour on one of four scenes. The caption names shape and colour,
-never the scene; but the scene depends on the shape: its usual scene comes with probability 0.55,
-the three others with 0.15 each. Guidance amplifies the usual scene, as it does for real models, and
-so the mode collapse that the paper cures becomes a number: the share of the usual scene and the
-entropy over scenes.
-
-The teacher is a genuine Stable Diffusion 3 pipeline (MMDiT, VAE, two CLIP text encoders, no T5),
-only small. Not here: anything of the method.
+Nothing of the method is here, and nobody who reads beside the paper needs it.
 Dimension key: B batch, T shape templates, D width; pictures in [0, 1].
 """
 
@@ -24,149 +17,27 @@ import torch
 import torch.nn.functional as F
 
 from losses import shift_sigma
-from run import (Run, UserError, command, load_optimizer, optimizer_tensors, option, parse_settings,
-                 rng, save_whole)
+from run import Run, UserError, command, option, parse_settings, rng, save_whole
+from tiny.world import (
+    CAPTIONS,
+    COLOURS,
+    SCENES,
+    SHAPES,
+    SIZE,
+    WORDS,
+    draw,
+    measure,
+    read,
+    sample_labels,
+    templates,
+)
 
-SIZE = 32
-SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {"red": (0.90, 0.12, 0.12), "green": (0.10, 0.62, 0.20), "blue": (0.12, 0.25, 0.90),
-           "yellow": (1.00, 0.88, 0.10), "purple": (0.60, 0.15, 0.75), "white": (1.00, 1.00, 1.00)}
-SCENES = ("day", "beach", "night", "dusk")
-RADII = (6, 7, 8)                     # of the shapes, in pixels
-SAVE_EVERY = 500                      # steps between checkpoints of the teacher's making [ours]
-P_USUAL, P_OTHER = 0.55, 0.15         # probability of a shape's usual scene and of each other one
-CAPTIONS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]  # 24: shape·6 + colour
-WORDS = {word for caption in CAPTIONS for word in caption.split()}
+SAVE_EVERY = 500                      # steps between checkpoints [ours]
 
-
-# ----------------------------------------------------------------------------- drawing
-
-def scenes():
-    """The four backgrounds, [4, 3, 32, 32]: a sky that fades towards the horizon, and a ground."""
-    sky_top, sky_low, ground = (torch.tensor(rows) for rows in zip(
-        ((0.30, 0.60, 0.95), (0.62, 0.82, 0.97), (0.50, 0.70, 0.40)),      # day
-        ((0.45, 0.85, 0.85), (0.70, 0.90, 0.80), (0.88, 0.75, 0.52)),      # beach
-        ((0.02, 0.02, 0.10), (0.12, 0.14, 0.30), (0.20, 0.22, 0.25)),      # night
-        ((0.40, 0.25, 0.45), (0.98, 0.60, 0.40), (0.30, 0.20, 0.18)),      # dusk
-        strict=True))
-    y = torch.linspace(0, 1, SIZE)
-    fade = (y / 0.7).clamp(max=1)[None, None, :, None]                     # 1 at the horizon
-    sky = sky_top[:, :, None, None] * (1 - fade) + sky_low[:, :, None, None] * fade
-    below = (y > 0.7).float()[None, None, :, None]
-    return (sky * (1 - below)
-            + ground[:, :, None, None] * below).expand(-1, -1, -1, SIZE).contiguous()
-
-
-@functools.cache
-def templates():
-    """(masks [T, 32, 32] in [0, 1], shape index [T])
-    for every shape, radius and position that fits the picture."""
-    # 4×4 samples a pixel against jagged edges
-    fine = (torch.arange(SIZE * 4) + 0.5) / 4
-    masks, shapes = [], []
-    for shape in range(len(SHAPES)):
-        for r in RADII:
-            centre = torch.arange(r + 1, SIZE - r, dtype=torch.float32)  # n positions along an axis
-            d = fine[None] - centre[:, None]                             # n × 128
-            x, y = d[None, :, None, :], d[:, None, :, None]              # to n × n × 128 × 128
-            if shape == 0:
-                inside = x ** 2 + y ** 2 <= r ** 2
-            elif shape == 1:
-                inside = (x.abs() <= 0.85 * r) & (y.abs() <= 0.85 * r)
-            elif shape == 2:
-                inside = (y <= 0.8 * r) & (x.abs() <= 0.55 * (y + r))
-            else:
-                arm = 0.33 * r
-                inside = ((x.abs() <= arm) & (y.abs() <= r)) | ((y.abs() <= arm) & (x.abs() <= r))
-            mask = F.avg_pool2d(inside.float().flatten(0, 1)[:, None], 4)[:, 0]   # n² × 32 × 32
-            masks.append(mask)
-            shapes.append(torch.full((len(mask),), shape))
-    return torch.cat(masks), torch.cat(shapes)
-
-
-def draw(template, colour, scene):
-    """Pictures [B, 3, 32, 32] in [0, 1] from three index tensors [B]."""
-    mask = templates()[0][template][:, None]
-    paint = torch.tensor(list(COLOURS.values()))[colour][:, :, None, None]
-    return scenes()[scene] * (1 - mask) + paint * mask
-
-
-def sample_labels(n, generator, captions=None):
-    """Index tensors [n] (template, colour, scene) drawn from the world;
-    captions [n] fixes shape and colour."""
-    if captions is None:
-        captions = torch.randint(len(CAPTIONS), (n,), generator=generator)
-    shape, colour = captions // len(COLOURS), captions % len(COLOURS)
-    per_shape = len(templates()[1]) // len(SHAPES)                    # templates grouped by shape
-    template = shape * per_shape + torch.randint(per_shape, (n,), generator=generator)
-    other = torch.randint(1, len(SCENES), (n,), generator=generator)
-    unusual = torch.rand(n, generator=generator) >= P_USUAL
-    return template, colour, (shape + other * unusual) % len(SCENES)  # scene i is usual for shape i
-
-
-# ----------------------------------------------------------------------------- reading
-
-@functools.cache
-def _template_norms():
-    """(colour − scene [4, 6, 3, 1024], ‖mask·(colour − scene)‖² [4, 6, T]), for scene, colour,
-    template."""
-    masks = templates()[0].flatten(1)                                           # T × 1024
-    contrast = (torch.tensor(list(COLOURS.values()))[None, :, :, None]
-                - scenes().flatten(2)[:, None])                                 # 4 × 6 × 3 × 1024
-    return contrast, torch.einsum("scp,tp->sct", (contrast ** 2).sum(2), masks ** 2)
-
-
-def read(pictures):
-    """Reads pictures [B, 3, 32, 32] in [0, 1]:
-    dict of shape, colour, scene (indices [B]) and error (RMS [B]).
-
-    The exact reader: the rendering with the least squared error among every template × colour ×
-    scene. No network is involved, so none can fool it. error says how far the picture is from any
-    true one.
-    """
-    masks, shapes = templates()
-    contrast, norms = _template_norms()
-    result = {key: [] for key in ("shape", "colour", "scene", "error")}
-    for chunk in pictures.float().cpu().split(64):
-        rest = chunk.flatten(2)[:, None] - scenes().flatten(2)                  # B × 4 × 3 × 1024
-        # ‖rest − mask·contrast‖² = ‖rest‖² − 2⟨rest·contrast, mask⟩ + ‖mask·contrast‖²
-        inner = (torch.einsum("bskp,sckp->bscp", rest, contrast)
-                 @ masks.flatten(1).T)                                          # B × 4 × 6 × T
-        error = (rest ** 2).sum((2, 3))[:, :, None, None] - 2 * inner + norms
-        least, index = error.flatten(1).min(1)
-        scene, colour, template = torch.unravel_index(index, error.shape[1:])
-        for key, value in zip(result, (shapes[template], colour, scene,
-                                       (least.clamp(min=0) / chunk[0].numel()).sqrt()),
-                              strict=True):
-            result[key].append(value)
-    return {key: torch.cat(values) for key, values in result.items()}
-
-
-def scene_entropy(scene):
-    """Plug-in entropy in nats of scene indices [..., n] over the last axis:
-    0 = always the same, 1.386 = uniform."""
-    share = F.one_hot(scene, len(SCENES)).float().mean(-2)
-    return -(share * share.clamp(min=1e-12).log()).sum(-1)
-
-
-def measure(pictures, captions):
-    """What the reader finds, for pictures [B, 3, 32, 32] and caption indices [B]
-    with n pictures for each caption.
-
-    Returns per-picture tensors correct [B] and usual [B] (0/1) and per-caption scene_entropy [B/n].
-    """
-    seen, shape = read(pictures), captions // len(COLOURS)
-    correct = (seen["shape"] == shape) & (seen["colour"] == captions % len(COLOURS))
-    by_caption = torch.stack([seen["scene"][captions == c] for c in captions.unique()])
-    return {"correct": correct.float(), "usual": (seen["scene"] == shape).float(),
-            "scene_entropy": scene_entropy(by_caption), "read_error": seen["error"]}
-
-
-# ----------------------------------------------------------------------------- making the teacher
 
 @dataclasses.dataclass
 class Settings:
-    out: str = option("weights/tiny-sd3", "folder of the finished teacher")
+    out: str = option("tiny/sd3", "folder of the finished teacher")
     work: str = option("runs/tiny-teacher", "folder of the checkpoints on the way")
     seed: int = option(0, "seed of everything", low=0, high=2**31 - 1)
     vae_steps: int = option(1400, "VAE: steps of batch 64 [ours]", low=1)
@@ -418,7 +289,7 @@ def report(folder, n, seed):
 
 @command
 def main(argv):
-    settings = parse_settings(Settings, argv, "tiny.py", __doc__.split("\n\n")[0])
+    settings = parse_settings(Settings, argv, "tiny/make_teacher.py", __doc__.split("\n\n")[0])
     out = Path(settings.out)
     if out.exists() and not settings.overwrite:
         raise UserError(f"{out} exists; give --out another folder, or --overwrite")
