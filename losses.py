@@ -1,205 +1,253 @@
-"""The mathematics of 1.x-Distill: tensors in, tensors out.
+"""The mathematics of 1.x-Distill: tensors in, tensors out. Read this file first.
 
-Re-noising, timestep-aware guidance (paper, Eq. 4), the importance curve of Stage I, the
-distribution matching loss and the fake-score loss. No model, no settings, no device: import torch
-and nothing of ours.
+In the order of the paper: re-noising, the guidance rule (Eq. 4), the importance curve, the losses
+of Stage I, the losses of Stage II. No model, no settings, no device: this file imports torch alone.
+The loops that put these functions together are train_stage1.py and train_stage2.py.
 
-Conventions, for the whole project: x_σ = (1 − σ)·x0 + σ·ε, velocity v = ε − x0, so
-x0 = x_σ − σ·v. Sigma lies in [0, 1] and 1 is noise; the network's timestep is 1000·σ.
-Shifted grid σ = s·u / (1 + (s − 1)·u) with s = 3.
-Dimension key: B batch, C latent channels, H W latent size. Sigmas are [B] (or a number) and fp32,
-as are latents.
+Conventions of the whole project (rectified flow):
+    x_σ = (1 − σ)·x0 + σ·ε       σ in [0, 1]; σ = 1 is noise, σ = 0 is the picture's latent
+    v   = ε − x0                 what the network predicts; it points from data to noise
+    x0  = x_σ − σ·v              so one answer of the network is also a guess of the picture: x̂0
+    timestep = 1000·σ            what the network is told (model.call_network does it)
 
-Only Eq. 4 has a known number in the paper; for the rest the part, figure or official function is
-named. Constants carry their origin: [paper], [official] (the released code's value) or [ours].
+Dimension key: B batch, C latent channels, H W latent size. Latents are [B, C, H, W] and fp32,
+sigmas are [B] (or one number) and fp32.
+
+Only Eq. 4 has a known number in the paper. Elsewhere a comment names the part, the figure or the
+official function. Constants carry their origin: [paper], [official] (the released code's value) or
+[ours]. "Deviation n" is an entry of docs/DEVIATIONS.md.
 """
 
 import torch
 import torch.nn.functional as F
 
-GRID = 1000         # [official] intervals of the teacher's grid:
-                    # index i has u = 1 − i/1000, index 0 is noise
-EPSILON = 1e-6      # [ours] the official normaliser divides without one (deviation 3)
+GRID = 1000         # [official] intervals of the teacher's grid; index i is u = 1 − i/1000
+EPSILON = 1e-6      # [ours] keeps divisions finite; the official code divides without one
 
+
+# ================================================================== the flow
 
 def shift_sigma(u, shift=3.0):
-    """σ = s·u / (1 + (s − 1)·u): uniform time u in [0, 1] to the shifted sigma.
-    Works on numbers and tensors."""
+    """Uniform time u in [0, 1] to σ = s·u / (1 + (s − 1)·u), a number or a tensor.
+
+    SD3 samples with s = 3: more of its steps lie at high noise, where the layout is decided.
+    """
     return shift * u / (1 + (shift - 1) * u)
 
 
 def to_shape(sigma, x):
     """sigma [B] or a number, ready to multiply x [B, ...]."""
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-    return sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
+    if sigma.ndim == 0:
+        return sigma
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))                         # B → B×1×1×1
 
 
 def x0_from_velocity(x, sigma, v):
-    """x0 = x_σ − σ·v for x, v [B, ...]."""
+    """The network's guess of the picture, x̂0 = x_σ − σ·v, for x, v [B, ...]."""
     return x - to_shape(sigma, x) * v
 
 
 def euler(x, v, sigma, sigma_next):
-    """One deterministic step along the flow: x at sigma_next from x at sigma (official η = 1)."""
+    """One straight step along the flow: x at sigma_next from x at sigma. No noise is added
+    (official η = 1)."""
     return x + (to_shape(sigma_next, x) - to_shape(sigma, x)) * v
 
 
 def renoise(x, a, b, noise):
-    """x at level a to level b ≥ a with fresh noise (official code, re-noising of the processor).
+    """x at level a to level b ≥ a with fresh noise (Stage I; official: the processor's re-noising).
 
-    x_b = k·x_a + √(b² − (a·k)²)·noise with k = (1 − b)/(1 − a), so that x_0's share becomes 1 − b
-    and the total noise variance b². The variance is clamped at 0 (float error at b = a); from a = 1
-    there is nothing left to add.
+    x_b = k·x_a + √(b² − (a·k)²)·noise   with   k = (1 − b)/(1 − a)
     """
     assert x.shape == noise.shape, "one noise for each latent"
-    a, b = to_shape(a, x), to_shape(b, x)
-    keep = torch.where(a < 1, (1 - b) / (1 - a).clamp(min=EPSILON), torch.ones_like(a))
-    variance = (b ** 2 - (a * keep) ** 2).clamp(min=0)
-    return keep * x + variance.sqrt() * noise
+    a = to_shape(a, x)
+    b = to_shape(b, x)
+    # x_a holds (1 − a)·x0, level b wants (1 − b)·x0: shrink by k = (1 − b)/(1 − a). At a = 1 there
+    # is no picture left to shrink and no noise to add, so x stays as it is.
+    k = torch.where(a < 1, (1 - b) / (1 - a).clamp(min=EPSILON), torch.ones_like(a))
+    # The shrinking takes the old noise with it, from a down to a·k, which is less than b. Variances
+    # of independent noises add, so b² − (a·k)² is missing. Draw exactly that much, no more.
+    # At b = a float error can make the difference negative, and its root NaN: clamp it.
+    variance = (b ** 2 - (a * k) ** 2).clamp(min=0)
+    return k * x + variance.sqrt() * noise
 
 
-def guide(v_cond, v_uncond, sigma, w, alpha):
-    """Timestep-aware teacher guidance (paper, Eq. 4):
-    guidance w where σ ≤ α (inclusive), none above.
+# ================================================================== teacher guidance (Eq. 4)
 
-    v = v_uncond + w·(v_cond − v_uncond) where σ ≤ α, else v_cond. At high noise, where the layout
-    is decided, guidance pulls every sample to the dominant mode; switching it off there keeps the
-    student diverse. α is compared with the shifted σ (deviation 1; whether the paper's t is
-    pre-shift is not known).
+def guidance_weight(sigma, w, alpha):
+    """The weight of the teacher's guidance at sigma (paper, Eq. 4): w where σ ≤ α, 1 above.
+
+    sigma [B] or a number; returns the same shape. Weight 1 is no guidance. This is the rule: Stage
+    I, the references of Stage II and the teacher's rows of the evaluation all come here, so whoever
+    wants another rule changes this function and nothing else.
     """
-    guided = v_uncond + w * (v_cond - v_uncond)
-    return torch.where(to_shape(sigma, v_cond) <= alpha, guided, v_cond)
+    # At high noise the layout is decided. Guidance there pulls every sample to the most likely
+    # layout, and the student, which only sees the guided teacher, never learns another one. Off at
+    # high noise, on below: the layouts stay varied and the details still get their guidance.
+    # α is compared with the shifted σ, inclusive (deviation 1: the paper's own t may be unshifted).
+    return torch.where(torch.as_tensor(sigma) <= alpha, w, 1.0)
 
 
-# ---------------------------------------------------------------- importance over the re-noise time
+def guide(v_cond, v_uncond, weight):
+    """Classifier-free guidance: v_uncond + weight·(v_cond − v_uncond), all [B, C, H, W];
+    weight [B] or a number."""
+    weight = to_shape(weight, v_cond)
+    guided = v_uncond + weight * (v_cond - v_uncond)
+    # At weight 1 the formula gives v_cond up to rounding. Take v_cond itself, to the last bit.
+    return torch.where(weight == 1, v_cond, guided)
+
+
+# ================================================================== which level to re-noise to
 
 def importance_curve(name):
-    """Weights [1001] over the teacher's grid index (0 = noise) for drawing the student's
-    re-noise level.
+    """Weights [1001] over the teacher's grid index (0 = noise) for drawing the student's re-noise
+    level (Stage I; the small plot "function-c" of the paper's overview figure).
 
-    official  preset c of the released code: anchors joined by lines, smoothed in log space
-    paper     read off the small plot "function-c" of the overview figure,
-              its axis taken as the pre-shift u [ours, deviation 5]
+    official  preset c of the released code
+    paper     read off that plot; its axis is taken as the unshifted u [ours, deviation 5]
     uniform   every index alike; the fake score always uses this one [official]
     """
     i = torch.arange(GRID + 1, dtype=torch.float64)
     if name == "uniform":
         return torch.ones(GRID + 1)
-    if name == "official":
-        line = _interpolate(i, (0, 300, 500, 1000), (0.6, 1.3, 0.05, 0.001))  # [official]
-        x = torch.arange(-400, 401, dtype=torch.float64)
-        kernel = torch.exp(-0.5 * (x / 100) ** 2)                             # [official] std 100
-        padded = F.pad(line.log()[None, None], (400, 400), mode="replicate")
-        smooth = F.conv1d(padded, (kernel / kernel.sum())[None, None])[0, 0]
-        return smooth.exp().clamp(min=1e-6).float()
-    assert name == "paper", name
-    u, p = (0.0, 0.2, 0.4, 0.5, 0.75, 1.0), (1e-6, 2e-4, 4e-4, 7e-4, 2.3e-3, 1.4e-3)
-    return _interpolate(1 - i / GRID, u, p).float()
+    if name == "paper":
+        u = (0.0, 0.2, 0.4, 0.5, 0.75, 1.0)
+        probability = (1e-6, 2e-4, 4e-4, 7e-4, 2.3e-3, 1.4e-3)            # [ours] read off the plot
+        return _interpolate(1 - i / GRID, u, probability).float()
+    assert name == "official", name
+    # Straight lines through four points: most weight at high noise, where structure is decided.
+    line = _interpolate(i, (0, 300, 500, 1000), (0.6, 1.3, 0.05, 0.001))  # [official]
+    # Then a Gaussian blur of 100 indices [official]. It acts on the logarithm, because the weights
+    # span three orders of magnitude and a plain blur would wash the small ones away.
+    offset = torch.arange(-400, 401, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offset / 100) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = F.pad(line.log()[None, None], (400, 400), mode="replicate")  # 1×1×1801
+    smooth = F.conv1d(padded, kernel[None, None])[0, 0]                   # 1001
+    return smooth.exp().clamp(min=1e-6).float()
 
 
 def _interpolate(x, xs, ys):
     """Straight lines through the points (xs, ys), evaluated at x."""
-    xs, ys = torch.tensor(xs, dtype=x.dtype), torch.tensor(ys, dtype=x.dtype)
+    xs = torch.tensor(xs, dtype=x.dtype)
+    ys = torch.tensor(ys, dtype=x.dtype)
     right = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
-    t = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
-    return ys[right - 1] + t * (ys[right] - ys[right - 1])
+    left = right - 1
+    t = (x - xs[left]) / (xs[right] - xs[left])
+    return ys[left] + t * (ys[right] - ys[left])
 
 
 def window(k, sigmas, form="window"):
-    """(high, low) [B]: the levels between which step k [B] of the grid `sigmas` [N + 1] is matched.
-
-    "window" (official, trajectory form): from σ_k down to σ_k+1, where the step ends. "x0" (the
-    paper's figure, deviation 2): from 1 down to 0, so the step's x0-prediction is re-noised to any
-    level. The last step of both ends at 0.
-    """
+    """(high, low), each [B]: the levels between which step k [B] of the grid `sigmas` [N + 1] is
+    matched to the teacher."""
     if form == "x0":
+        # The paper's figure: the step's guess x̂0 is re-noised to any level (deviation 2).
         return torch.ones(len(k)), torch.zeros(len(k))
+    # The official code: the step leads from σ_k to σ_k+1, and is judged between these two only.
+    # Below σ_k+1 the next step takes over; it is drawn, and judged, on its own.
     return sigmas[k], sigmas[k + 1]
 
 
-def draw_sigma(uniform, high, low, weights, shift=3.0):
-    """Sigmas [B] on the teacher's grid inside the window low < σ ≤ high, drawn by `weights` [1001].
+def draw_sigma(random, high, low, weights, shift=3.0):
+    """Sigmas [B] of the teacher's grid with low < σ ≤ high, drawn with the weights [1001].
 
-    uniform [B] in [0, 1) are the random numbers, high and low [B] the ends of each sample's step.
-    The weights are renormalised inside the window (official): with two steps each window still gets
-    half of the draws.
+    random [B] are uniform numbers in [0, 1); high, low [B] come from window().
     """
-    sigmas = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)                  # 1001, falling
-    inside = (sigmas <= high[:, None] + 1e-6) & (sigmas > low[:, None] + 1e-6)      # B × 1001
+    sigmas = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)        # 1001, falling from 1
+    # 1. Which grid points lie in each sample's window? (1e-6: float error must not lose the ends.)
+    below_high = sigmas <= high[:, None] + 1e-6                           # B×1001
+    above_low = sigmas > low[:, None] + 1e-6                              # B×1001
+    inside = below_high & above_low
     assert inside.any(1).all(), "a window without a grid point"
-    cumulative = (weights.double() * inside).cumsum(1)
-    index = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:],
-                               right=True)
-    return sigmas[index[:, 0].clamp(max=GRID)]
+    # 2. The running sum of their weights. Scaling the random number by its last value renormalises
+    #    the weights inside the window (official): of two steps each still gets half of the draws.
+    running = (weights.double() * inside).cumsum(1)                       # B×1001
+    mark = random[:, None].double() * running[:, -1:]                     # B×1
+    # 3. The first grid point whose running sum exceeds the mark.
+    index = torch.searchsorted(running, mark, right=True)[:, 0]
+    return sigmas[index.clamp(max=GRID)]                                  # B
 
 
-# ----------------------------------------------------------------------------- Stage I losses
+# ================================================================== Stage I: distribution matching
 
-def dmd_loss(sample, real, fake, normaliser="sample", distance="mse"):
-    """Distribution matching (Stage I; official target p + r − f):
-    its gradient is the difference of the scores.
+def dmd_loss(p, p_teacher, p_fake):
+    """Distribution matching (Stage I): a scalar whose gradient by p is, for each sample,
+    (p_fake − p_teacher) / mean|p − p_teacher|, up to the mean over all elements.
 
-    sample [B, C, H, W] is the student's, with gradient; real and fake are where teacher and fake
-    score, without gradient, take the same re-noised sample. With distance "mse" the gradient by
-    sample is exactly (fake − real) / normaliser / numel, the DMD gradient; "huber" (deviation 4)
-    is the official pseudo-Huber form, whose gradient is nearly the sign of it.
-    normaliser "sample" averages |sample − real| over all non-batch dimensions (deviation 3);
-    "column" over dims 1 and 2 only, the official behaviour: one weight for each image column.
+    p [B, C, H, W] is the student's sample, with gradient. p_teacher and p_fake, without gradient,
+    are where teacher and fake score take the same sample after it was re-noised.
     """
-    assert sample.ndim == 4 and sample.shape == real.shape == fake.shape
+    assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
+    # Nobody can compute the divergence between the student's and the teacher's distributions. But
+    # its gradient is known: the fake score's answer minus the teacher's. So build a loss that has
+    # this gradient: pretend that the right answer was p + p_teacher − p_fake, and hold it fixed.
+    # A descent step moves p to where the teacher points, and away from where the student already
+    # is. The printed value is no distance to anything. Watch the gap |v_teacher − v_fake| instead.
     with torch.no_grad():
-        dims = {"sample": (1, 2, 3), "column": (1, 2)}[normaliser]
-        scale = (sample - real).abs().mean(dims, keepdim=True).float() + EPSILON    # B×1×1×(1 or W)
-        target = sample + real - fake
-    error = sample - target
-    if distance == "mse":
-        return (0.5 * error ** 2 / scale).mean()
-    assert distance == "huber", distance
-    c = 1e-3 * (sample[0].numel() / (64 * 64 * 4)) ** 0.5                           # [official]
+        target = p + p_teacher - p_fake
+        # Differences are small at low noise and large at high noise. Dividing by the sample's own
+        # mean distance makes all levels count alike. The mean runs over all dimensions but the
+        # batch (deviation 3).
+        scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
+    return (0.5 * (p - target) ** 2 / scale).mean()
+
+
+def dmd_loss_official(p, p_teacher, p_fake):
+    """The same in the released code's form (deviations 3 and 4), for --loss official."""
+    assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
+    with torch.no_grad():
+        target = p + p_teacher - p_fake
+        # The mean runs over dimensions 1 and 2 of B×C×H×W: one weight for each image column, which
+        # looks like the remainder of a B×tokens×C layout.
+        scale = (p - p_teacher).abs().mean((1, 2), keepdim=True) + EPSILON        # B×1×1×W
+    # Pseudo-Huber √(e² + c²) − c. Where |e| is much larger than c its gradient is the sign of e:
+    # how far teacher and fake score disagree no longer matters, only in which direction.
+    c = 1e-3 * (p[0].numel() / (64 * 64 * 4)) ** 0.5                              # [official]
+    error = p - target
     return (((error ** 2 + c ** 2).sqrt() - c) / scale).mean()
 
 
-def fake_score_loss(v_fake, x, x0, sigma):
-    """Flow matching of the fake score on the student's samples:
-    mean (v − (x_σ − x̂0)/σ)², unweighted [official].
+def fake_score_loss(v, x, x0, sigma):
+    """Flow matching of the fake score on the student's samples (Stage I): mean (v − (x_σ − x̂0)/σ)²,
+    unweighted [official].
 
-    x [B, C, H, W] is the re-noised sample at sigma [B], x0 the student's prediction. fp32 is
-    needed: in bf16 the target is 5 % off at σ = 0.03.
+    v is the fake score's velocity at x [B, C, H, W], the re-noised sample at sigma [B]; x0 is the
+    student's guess x̂0.
     """
+    # From x_σ the velocity (x_σ − x̂0)/σ leads straight to x̂0. In bf16 this quotient would be 5 %
+    # off at σ = 0.03 and 59 % at 0.003, hence fp32.
     assert x.dtype == x0.dtype == torch.float32, "latents stay in fp32"
     target = (x - x0) / to_shape(sigma, x)
-    return F.mse_loss(v_fake.float(), target)
+    return F.mse_loss(v.float(), target)
 
 
-# ----------------------------------------------------------------------------- Stage II losses
+# ================================================================== Stage II: adversarial losses
 
-def fit_loss(cached, full):
-    """Relative squared error of the cached step's velocity against the full step's, both
-    [B, C, H, W], mean over the batch.
+LABEL_REAL = 0.8    # [official] one-sided label smoothing: D never gets too sure of a reference
+LABEL_FAKE = 0.0    # [official]
 
-    [ours, deviation 9: the official code names such a loss, at weight 0, against residuals that
-    carry no gradient.]
+
+def discriminator_loss(reference_logits, picture_logits):
+    """L_D = Σ_heads BCE(reference, 0.8) + BCE(picture, 0) [official]; mean over batch and places.
+
+    Both arguments are lists of logits [B, places], one entry for each head.
     """
-    dims = tuple(range(1, full.ndim))
-    error = ((cached.float() - full.float()) ** 2).sum(dims)
-    return (error / ((full.float() ** 2).sum(dims) + EPSILON)).mean()
+    loss = 0.0
+    for reference, picture in zip(reference_logits, picture_logits, strict=True):
+        loss = loss + _cross_entropy(reference, LABEL_REAL)
+        loss = loss + _cross_entropy(picture, LABEL_FAKE)
+    return loss
 
 
-REAL = 0.8          # [official] one-sided label smoothing; also the generator's target
+def generator_loss(picture_logits):
+    """L_G = Σ_heads BCE(picture, 0.8) [official]: the student wants its picture to be taken for a
+    reference, no more certainly than a reference is."""
+    loss = 0.0
+    for picture in picture_logits:
+        loss = loss + _cross_entropy(picture, LABEL_REAL)
+    return loss
 
 
-def discriminator_loss(real_logits, fake_logits):
-    """Σ over heads of BCE(real, 0.8) + BCE(fake, 0); mean over batch and places [official].
-    Both are lists of logits [B, ...], one for each head."""
-    return sum(_bce(real, REAL) + _bce(fake, 0.0)
-               for real, fake in zip(real_logits, fake_logits, strict=True))
-
-
-def generator_loss(fake_logits):
-    """Σ over heads of BCE(fake, 0.8) [official]."""
-    return sum(_bce(fake, REAL) for fake in fake_logits)
-
-
-def _bce(logits, target):
+def _cross_entropy(logits, label):
     logits = logits.float()
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))

@@ -1,58 +1,56 @@
-"""The networks: which base models there are, loading them, encoding prompts, decoding latents.
+"""The networks: which base models there are, loading, encoding prompts, decoding latents, judging.
 
-Teacher, student and fake score are the same stock `SD3Transformer2DModel`, started from the same
-base. `tiny` and `sd3-medium` take the same path: a preset names a pipeline folder or hub id and the
-recipe's values, the rest is read from that pipeline's own configs. Not here: the method
-(losses.py), the cache (cache.py).
+A Stable Diffusion 3 pipeline, for whoever does not know diffusers. It is a folder (or a repository
+on the hub) with one sub-folder for each part:
 
-Dimension key: B batch, C latent channels, H W latent size, L text tokens, D width of the text
-embedding, P width of the pooled embedding. Latents and sigmas are fp32; pictures lie in [0, 1].
+    transformer        the network that is distilled, an MMDiT (cache.CachedSD3 shows its forward)
+    vae                an autoencoder; latents [C = 16, H, W] ↔ pictures [3, 8H, 8W]
+    scheduler          FlowMatchEulerDiscreteScheduler: the teacher's sigmas, shifted by 3. Given
+                       `sigmas=[1.0, 0.5]` it shifts them, too: 1, 0.75, and adds the final 0
+    text_encoder, _2   two CLIP text encoders; text_encoder_3, T5, which the miniature has not
+    tokenizer, _2, _3  text to token numbers
+
+A prompt reaches the transformer as two tensors, and the code calls the pair `prompt`:
+    embeds [B, L, J]   one vector for each text token: 77 from both CLIPs side by side, 256 from T5
+    pooled [B, P]      one vector for the whole prompt, from the two CLIPs
+Stock calls name them encoder_hidden_states and pooled_projections. The empty prompt "" gives the
+unconditional answer that guidance needs.
+
+Teacher, student and fake score start from the same transformer. `tiny` and `sd3-medium` take the
+same path: a preset names the pipeline, the rest is read from the pipeline's own configs. Not here:
+the method (losses.py), the cache (cache.py), settings and run folders (run.py).
+
+Dimension key: B batch, C latent channels, H W latent size, L text tokens, J and P widths of the
+text embeddings. Latents and sigmas are fp32; pictures lie in [0, 1].
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import os
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from run import UserError, World, rng, save_whole, whole_state
+from run import UserError, first, processes, rng, save_whole, whole_state
+from cache import CachedSD3, check_span
 
 HERE = Path(__file__).resolve().parent
 
 
-# ----------------------------------------------------------------------------- presets
+# ================================================================== base models
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A base model and the recipe's values for it; each value carries its origin."""
+    """What belongs to a base model. The recipes (rates, counts) stand in the train scripts."""
     name: str
     source: str                        # pipeline folder or hub id
-    guidance: float = 7.0              # [official] w of Eq. 4
-    alpha: float = 0.94                # [paper, second hand] threshold of Eq. 4; [official] 0.96
-    batch_size: int = 64               # [official] 8 GPUs × 8
-    iterations: int = 500              # [official] Stage I
-    student_lr: float = 5e-6           # [official]
-    fake_lr: float = 4e-5              # [official]
-    checkpoint_every: int = 50         # [official]
     cached_blocks: str = "2-9"         # [ours] which; 1.67 NFE [paper] means 8 of 24 blocks
-    text_length: int = 256             # [official] T5 tokens
+    text_length: int = 256             # [official] T5 tokens; 0 for a pipeline without T5
     captions: str = "grammar"          # where prompts come from when no --prompts is given
-    architecture: dict | None = None   # for --random-weights: SD3Transformer2DModel's arguments
-    stage2_iterations: int = 4000      # [official] D and G together
-    stage2_checkpoint_every: int = 100 # [official]
-    stage2_batch_size: int = 32        # [official] 8 GPUs × 1 × accumulation 4
-    stage2_student_lr: float = 1e-5    # [official] for LoRA
-    compensation_lr: float = 1e-3      # [official]
-    discriminator_lr: float = 1e-5     # [official]
-    fit_iterations: int = 500          # [ours] the cached step towards the full one, at first
-    match_iterations: int = 0          # [ours] Stage I's loss on the cached path, after the fit
-    match_lr: float = 5e-6             # [ours] Stage I's
-    warmup: int = 500                  # [paper, second hand]; [official] 1000
+    architecture: dict | None = None   # SD3Transformer2DModel's arguments, for --dry-run alone
     discriminator: str = "facebook/convnextv2-base-22k-224"  # [ours] for OpenCLIP ConvNeXt-XXLarge
     picture_mean: tuple = (0.485, 0.456, 0.406)              # what that backbone was trained on
     picture_std: tuple = (0.229, 0.224, 0.225)
@@ -63,174 +61,202 @@ class Preset:
         return 77 + self.text_length if self.text_length else 8
 
 
-_SD3 = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
-            num_attention_heads=24, attention_head_dim=64, joint_attention_dim=4096,
-            caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192)
+SD3_MEDIUM = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
+                  num_attention_heads=24, attention_head_dim=64, joint_attention_dim=4096,
+                  caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192)
+# A second attention of the image stream alone, in blocks 0 to 12; the paper does not treat it.
+SD35_MEDIUM = {**SD3_MEDIUM, "qk_norm": "rms_norm", "pos_embed_max_size": 384,
+               "dual_attention_layers": tuple(range(13))}
+SD35_LARGE = {**SD3_MEDIUM, "qk_norm": "rms_norm", "num_layers": 38, "num_attention_heads": 38,
+              "caption_projection_dim": 2432}
 
-PRESETS = {preset.name: preset for preset in (
-    # [ours] all of tiny's values, found by trial; the span is SD3-Medium's, to scale;
-    # w amplifies the usual scene as w = 7 does for the real models
-    Preset("tiny", str(HERE / "weights" / "tiny-sd3"), guidance=4.0, batch_size=32, iterations=220,
-           student_lr=1e-4, fake_lr=4e-4, checkpoint_every=100, cached_blocks="1-4", text_length=0,
-           captions="tiny", stage2_iterations=600, stage2_checkpoint_every=300,
-           compensation_lr=1e-4, discriminator_lr=2e-3, fit_iterations=100, match_iterations=220,
-           match_lr=1e-4, warmup=0,
-           discriminator=str(HERE / "weights" / "tiny-sd3" / "discriminator_backbone"),
-           picture_mean=(0.5,) * 3, picture_std=(0.5,) * 3),
-    Preset("sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", architecture=_SD3),
-    # [ours] the paper does not treat it
-    Preset("sd3.5-medium", "stabilityai/stable-diffusion-3.5-medium",
-           architecture={**_SD3, "qk_norm": "rms_norm", "pos_embed_max_size": 384,
-                         "dual_attention_layers": tuple(range(13))}),
-    Preset("sd3.5-large", "stabilityai/stable-diffusion-3.5-large",
-           cached_blocks="2-11",       # [ours] which; 1.74 NFE [paper] means 10 of 38
-           architecture={**_SD3, "num_layers": 38, "num_attention_heads": 38,
-                         "caption_projection_dim": 2432, "qk_norm": "rms_norm"}),
-)}
+PRESETS = {
+    "tiny": Preset(
+        "tiny", str(HERE / "tiny" / "sd3"),
+        cached_blocks="1-4",           # [ours] SD3-Medium's span to scale: 4 of 12 blocks
+        text_length=0, captions="tiny",
+        discriminator=str(HERE / "tiny" / "sd3" / "discriminator_backbone"),
+        picture_mean=(0.5,) * 3, picture_std=(0.5,) * 3),
+    "sd3-medium": Preset(
+        "sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", architecture=SD3_MEDIUM),
+    "sd3.5-medium": Preset(
+        "sd3.5-medium", "stabilityai/stable-diffusion-3.5-medium", architecture=SD35_MEDIUM),
+    "sd3.5-large": Preset(
+        "sd3.5-large", "stabilityai/stable-diffusion-3.5-large", architecture=SD35_LARGE,
+        cached_blocks="2-11"),         # [ours] which; 1.74 NFE [paper] means 10 of 38
+}
 
 
 def find_preset(model):
     """The preset of that name, or one with SD3's values for any pipeline folder or hub id.
-    UserError for a bare name that is neither. Reads nothing: check_base does.
-    """
-    preset = PRESETS.get(model)
-    if preset is None:
-        if not Path(model).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-            raise UserError(f"there is no model {model}; use {', '.join(PRESETS)}, "
-                            "a pipeline folder or a hub id")
-        preset = Preset(model, model)
-        folder = Path(model)
-        if folder.is_dir() and not (folder / "text_encoder_3" / "config.json").exists():
-            preset = dataclasses.replace(preset, text_length=0)
+    UserError for a bare name that is neither. Reads no weights."""
+    if model in PRESETS:
+        return PRESETS[model]
+    folder = Path(model)
+    if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise UserError(f"there is no model {model}; use {', '.join(PRESETS)}, "
+                        "a pipeline folder or a hub id")
+    preset = Preset(model, model)
+    if folder.is_dir() and not (folder / "text_encoder_3" / "config.json").exists():
+        preset = dataclasses.replace(preset, text_length=0)
+    backbone = folder / "discriminator_backbone"          # as tools/random_model.py writes it
+    if backbone.is_dir():
+        preset = dataclasses.replace(preset, discriminator=str(backbone))
     return preset
 
 
-def check_base(preset, random_weights=False):
+def check_base(preset):
     """The transformer's config of a preset as a dict; UserError unless it is an SD3 transformer.
-    Reads only config.json, so that a misspelt name costs nothing; with random_weights a preset's
-    own architecture, without a download."""
-    from diffusers import SD3Transformer2DModel
-    if random_weights and preset.architecture:
-        return preset.architecture
-    with _hub(preset, "transformer/config.json"):
-        config = SD3Transformer2DModel.load_config(preset.source, subfolder="transformer")
+    Reads only config.json, so that a misspelt name costs nothing."""
+    with loading("transformer/config.json", preset.source):
+        config = CachedSD3.load_config(preset.source, subfolder="transformer")
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise UserError(f"{preset.source} holds a {config.get('_class_name')}, "
                         "not an SD3Transformer2DModel")
     return config
 
 
+def parse_span(text, blocks):
+    """(n, m) of a span such as "2-5", both ends skipped; UserError when it does not fit."""
+    match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", str(text))
+    if not match:
+        raise UserError("a span of blocks is written first-last, for instance 2-5, without gaps, "
+                        f"not {text}")
+    span = int(match[1]), int(match[2])
+    if span[0] > span[1]:
+        raise UserError(f"span {text} is reversed; write {span[1]}-{span[0]}")
+    try:
+        return check_span(span, blocks)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 @contextlib.contextmanager
-def _hub(preset, what):
+def loading(what, source):
     """Turns the many ways in which weights cannot be had into one line that says what to do."""
     try:
         yield
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
-        advice = (f"is {preset.source} a diffusers pipeline folder?"
-                  if Path(preset.source).exists() else
-                  f"accept the licence at huggingface.co/{preset.source} and run `hf auth login`, "
+        advice = (f"accept the licence at huggingface.co/{source} and run `hf auth login`, "
                   "or check the name and the network; --model tiny needs no download")
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"cannot load {what} of {preset.source} ({first}); {advice}") from error
+        if Path(source).exists():
+            advice = f"is {source} a diffusers pipeline folder?"
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"cannot load {what} of {source} ({line}); {advice}") from error
 
 
 def pick_device(name=None):
     """The torch device: the one named, else cuda, mps or cpu, the first that is there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
-    name = name or next(key for key in ("cuda", "mps", "cpu") if there[key])
-    if not there[name]:
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if name and name not in there:
         raise UserError(f"--device {name}: this PyTorch finds no such device; there is "
-                        f"{', '.join(key for key in there if there[key])}")
-    return torch.device(name)
+                        f"{', '.join(there)}")
+    return torch.device(name or there[0])
 
 
-# ----------------------------------------------------------------------------- networks
+# ================================================================== the transformer
 
-def load_transformer(preset, dtype=torch.float32, random_weights=False):
-    """A stock SD3Transformer2DModel of the base model, in eval mode.
-    random_weights builds it without a download."""
-    from diffusers import SD3Transformer2DModel
-    if random_weights and preset.architecture:
-        torch.manual_seed(0)
-        return SD3Transformer2DModel(**preset.architecture).to(dtype).eval()
-    with _hub(preset, "the transformer"):
-        if random_weights:
-            torch.manual_seed(0)
-            return SD3Transformer2DModel.from_config(check_base(preset)).to(dtype).eval()
-        return SD3Transformer2DModel.from_pretrained(
+def load_transformer(preset, dtype=torch.float32):
+    """The base model's transformer, in eval mode. Networks that learn are fp32; a frozen one may be
+    bf16. Eval and train mode are the same here: an MMDiT has no dropout."""
+    with loading("the transformer", preset.source):
+        net = CachedSD3.from_pretrained(
             preset.source, subfolder="transformer", torch_dtype=dtype,
-            use_safetensors=True).eval()                            # never a pickle
+            use_safetensors=True)                         # a pickle could run a stranger's code
+    return net.eval()
 
 
-def place(net, device, world):
-    """The transformer on its device, its weights spread over the processes if there are several:
-    torch's fully_shard of each block and of the rest, gathered block by block when they are used.
+def frozen_dtype(device):
+    """What a network that never learns is stored in: half the memory on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    Optimisers and caches are made after this. On CUDA the blocks compute in bf16 and gradients are
-    summed in fp32; on the CPU all is fp32.
+
+def call_network(net, x, sigma, prompt, **cached):
+    """What the network returns, (velocity, Δ0 or None), at latents x [B, C, H, W] and sigma, a
+    number or [B]. prompt is (embeds, pooled); cached are the span's arguments of CachedSD3.forward.
+
+    This is the only place where sigma becomes a timestep. On CUDA the forward runs in bf16
+    autocast; the latents outside stay fp32 (deviation 7).
     """
-    if world.size > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        how = {"mesh": init_device_mesh(device.type, (world.size,)),
-               "reshard_after_forward": True}  # the root too: what stays whole would not hear
-                                               # that a turn has changed who learns
-        if device.type == "cuda":  # velocity() casts; latents and sigmas must stay fp32 before it
-            how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
-                                                    cast_forward_inputs=False)
-        for part in (*net.transformer_blocks, net):
-            fully_shard(part, **how)
-    return net.to(device)
-
-
-def save_transformer(net, folder, half, prepare=lambda plain: plain):
-    """Writes a plain diffusers transformer folder of a network that may be sharded, in half
-    precision if so told. prepare: what else makes a bare transformer one with net's parameters.
-    All processes call it; the first one writes."""
-    from diffusers import SD3Transformer2DModel
-    state = whole_state(net)
-    if World().first:
-        with torch.device("meta"):
-            plain = prepare(SD3Transformer2DModel.from_config(net.config))
-        plain.load_state_dict(state, assign=True)
-        if net._hf_peft_config_loaded:  # LoRA becomes part of the weights
-            plain.fuse_lora()
-            plain.unload_lora()
-        save_whole(folder, (plain.half() if half else plain).save_pretrained)
+    embeds, pooled = prompt
+    timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        return net(hidden_states=x.to(net.dtype), timestep=timestep,
+                   encoder_hidden_states=embeds.to(net.dtype),
+                   pooled_projections=pooled.to(net.dtype), return_dict=False, **cached)
 
 
 def velocity(net, x, sigma, prompt):
-    """The network's velocity, fp32 [B, C, H, W], at latents x [B, C, H, W]
-    and sigma (a number or [B]).
-
-    prompt is (embeds [B, L, D], pooled [B, P]). This is the only place where sigma becomes a
-    timestep (1000·σ). On CUDA the forward runs in bf16 autocast; what enters and leaves is fp32
-    (deviation 7).
-    """
-    timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-        v = net(hidden_states=x.to(net.dtype), timestep=timestep,
-                encoder_hidden_states=prompt[0].to(net.dtype),
-                pooled_projections=prompt[1].to(net.dtype), return_dict=False)[0]
-    return v.float()
+    """The network's velocity, fp32 [B, C, H, W], every block computed."""
+    return call_network(net, x, sigma, prompt)[0].float()
 
 
-def vae_config(preset, random_weights=False):
-    """The VAE's config as a dict; with random_weights that of SD3's own VAE, without a download."""
-    from diffusers import AutoencoderKL
-    if random_weights and preset.architecture:
-        return dict(down_block_types=["DownEncoderBlock2D"] * 4,
-                    up_block_types=["UpDecoderBlock2D"] * 4,
-                    block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
-                    use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
-                    shift_factor=0.0609)
-    with _hub(preset, "the VAE's config"):
-        return AutoencoderKL.load_config(preset.source, subfolder="vae")
+def place(net, device):
+    """The transformer on its device. With several processes its weights are spread over them:
+    torch's fully_shard, which gathers each block when it is used. Make optimisers after this."""
+    if processes() > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        how = {"mesh": init_device_mesh(device.type, (processes(),)),
+               "reshard_after_forward": True}             # the root, too
+        if device.type == "cuda":
+            # Compute in bf16, sum gradients in fp32. Inputs stay as they are: call_network casts.
+            how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
+                                                    cast_forward_inputs=False)
+        for block in net.transformer_blocks:
+            fully_shard(block, **how)
+        fully_shard(net, **how)
+    return net.to(device)
 
 
-def vae_factor(config):
+def add_lora(net, rank, seed):
+    """LoRA on the attention and feed-forward layers of both streams [official targets; alpha =
+    rank, so the scale is 1; deviation 12]. All other weights are frozen."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("--lora-rank needs peft: pip install peft") from None
+    attention = ["to_q", "to_k", "to_v", "to_out.0",
+                 "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]    # add_: the text stream
+    feed_forward = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    torch.manual_seed(seed)
+    net.requires_grad_(False)
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                               target_modules=attention + feed_forward))
+    return net
+
+
+def save_transformer(net, folder, half, lora_rank=None):
+    """Writes a stock transformer folder of a network that may be sharded, LoRA merged into its
+    weights, in half precision if so told. All processes call it; the first one writes."""
+    from diffusers import SD3Transformer2DModel
+    state = whole_state(net)
+    if not first():
+        return
+    with torch.device("meta"):                            # shapes without memory
+        plain = SD3Transformer2DModel.from_config(net.config)
+        if lora_rank:
+            add_lora(plain, lora_rank, seed=0)
+    plain.load_state_dict(state, assign=True)
+    if lora_rank:
+        plain.fuse_lora()
+        plain.unload_lora()
+    if half:
+        plain.half()
+    save_whole(folder, plain.save_pretrained)
+
+
+# ================================================================== latents to pictures
+
+def vae_factor(preset):
     """Pixels of a side for each latent pixel: 8 for the real models, 4 for tiny."""
+    from diffusers import AutoencoderKL
+    with loading("the VAE's config", preset.source):
+        config = AutoencoderKL.load_config(preset.source, subfolder="vae")
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
@@ -238,178 +264,143 @@ class Decoder:
     """The frozen VAE: latents [B, C, H, W] to pictures [B, 3, 8H, 8W] in [0, 1] (tiny: 4H, 4W).
     Not clamped, so that gradient flows everywhere."""
 
-    def __init__(self, preset, device, random_weights=False, checkpointing=False):
+    def __init__(self, preset, device, checkpointing=False):
         from diffusers import AutoencoderKL
-        if random_weights and preset.architecture:
-            torch.manual_seed(0)
-            self.vae = AutoencoderKL.from_config(vae_config(preset, True))
-        else:
-            with _hub(preset, "the VAE"):
-                self.vae = AutoencoderKL.from_pretrained(
-                    preset.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+        with loading("the VAE", preset.source):
+            self.vae = AutoencoderKL.from_pretrained(
+                preset.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+        # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
         self.vae.to(device).eval().requires_grad_(False)
         if checkpointing:
             self.vae.enable_gradient_checkpointing()
-        self.factor = vae_factor(self.vae.config)
 
     def __call__(self, latents):
+        # The transformer works on whitened latents; undo that first. The VAE paints in [−1, 1].
         config = self.vae.config
-        return (self.vae.decode(latents / config.scaling_factor + config.shift_factor,
-                                return_dict=False)[0] / 2 + 0.5)
+        latents = latents / config.scaling_factor + config.shift_factor
+        return self.vae.decode(latents, return_dict=False)[0] / 2 + 0.5
 
+
+# ================================================================== the discriminator (Stage II)
 
 class Head(torch.nn.Module):
-    """Logits of what is seen, a map [B, C, H, W] or pooled features [B, C], spectrally normalised.
+    """Logits [B, places] of a feature map [B, C, H, W] (one for each place) or of pooled features
+    [B, C] (one). Spectral norms bound its slope, so that it cannot become arbitrarily sure."""
 
-    Told the caption as a projection, as in conditional GANs (Miyato & Koyama 2018): the logit is
-    judge(h) + h·c with h the head's features and c a linear image of the pooled prompt [B, P]
-    (deviation 11).
-    """
-
-    def __init__(self, seen, width, layer, pooled_width):
+    def __init__(self, channels, width, pooled):
         super().__init__()
         from torch.nn.utils.parametrizations import spectral_norm
-        self.look = spectral_norm(layer(seen, width))
+        look = (torch.nn.Linear(channels, width) if pooled
+                else torch.nn.Conv2d(channels, width, kernel_size=3, padding=1))
+        self.look = spectral_norm(look)
         self.judge = spectral_norm(torch.nn.Linear(width, 1))
-        self.caption = (spectral_norm(torch.nn.Linear(pooled_width, width, bias=False))
-                        if pooled_width else None)
 
-    def forward(self, seen, pooled):
-        h = torch.nn.functional.leaky_relu(self.look(seen), 0.2)
-        h = h.flatten(2).mT if h.ndim == 4 else h[:, None]                  # B×places×width
-        logits = self.judge(h)[..., 0]                                      # B×places
-        if self.caption is not None:
-            length = h.shape[-1] ** 0.5                     # the prompt's, whatever its encoder's
-            c = self.caption(length * torch.nn.functional.normalize(pooled.float(), dim=1))
-            logits = logits + (h @ c[:, :, None])[..., 0]
-        return logits
+    def forward(self, features):
+        h = torch.nn.functional.leaky_relu(self.look(features), 0.2)      # [official] slope 0.2
+        if h.ndim == 4:
+            h = h.flatten(2).mT                       # B×width×H×W → B×places×width
+        else:
+            h = h[:, None]                            # B×1×width
+        return self.judge(h)[..., 0]                                      # B×places
 
 
 class Discriminator(torch.nn.Module):
-    """Frozen multi-level backbone with small heads: pictures [B, 3, H, W] in [0, 1] and pooled
-    prompts [B, P] to a list of logits [B, places].
+    """Pictures [B, 3, H, W] in [0, 1] to a list of logits [B, places], one entry for each head
+    (Stage II; deviation 11).
 
-    One convolutional head for each of the backbone's maps and one on the pooled last map. Gradient
-    flows through the backbone to the picture; only the heads learn. pooled_width is P, or None for
-    heads that are not told the caption, as the official ones (four of width 512 with strides and
-    blurs on OpenCLIP ConvNeXt-XXLarge; deviation 11).
+    A frozen vision backbone sees edges, parts and objects; small heads, which alone learn, say
+    whether they look like a reference's. One head looks at each of the backbone's maps, one at the
+    last map's mean. The heads are not told the prompt [official].
     """
 
-    def __init__(self, preset, pooled_width=None, seed=0, width=64, random_weights=False):
+    def __init__(self, preset, seed=0, width=64):
         super().__init__()
-        from transformers import AutoConfig, ConvNextV2Backbone, ConvNextV2Config
-        if random_weights and not Path(preset.discriminator).exists():
-            torch.manual_seed(0)
-            self.backbone = ConvNextV2Backbone(ConvNextV2Config(  # the shape of ConvNeXtV2-base
-                depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024],
-                out_features=["stage1", "stage2", "stage3", "stage4"]))
-        else:
-            with _hub(preset, "the discriminator's backbone"):
-                levels = AutoConfig.from_pretrained(preset.discriminator).stage_names[1:]
-                # AutoBackbone fails on local folders; the class is named here
-                self.backbone = ConvNextV2Backbone.from_pretrained(
-                    preset.discriminator, out_features=levels, dtype=torch.float32,
-                    use_safetensors=True)
+        # transformers' AutoBackbone fails on local folders, so the class is named here.
+        from transformers import AutoConfig, ConvNextV2Backbone
+        with loading("the discriminator's backbone", preset.discriminator):
+            levels = AutoConfig.from_pretrained(preset.discriminator).stage_names[1:]
+            self.backbone = ConvNextV2Backbone.from_pretrained(
+                preset.discriminator, out_features=levels, dtype=torch.float32,
+                use_safetensors=True)
         self.backbone.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
+        channels = self.backbone.channels
         torch.manual_seed(seed)
-        channels, layer = self.backbone.channels, partial(torch.nn.Conv2d, kernel_size=3, padding=1)
-        self.heads = torch.nn.ModuleList(
-            [Head(c, width, layer, pooled_width) for c in channels]
-            + [Head(channels[-1], width, torch.nn.Linear, pooled_width)])
+        heads = [Head(c, width, pooled=False) for c in channels]
+        heads.append(Head(channels[-1], width, pooled=True))
+        self.heads = torch.nn.ModuleList(heads)
 
-    def forward(self, pictures, pooled=None):
+    def forward(self, pictures):
         maps = self.backbone((pictures - self.mean) / self.std).feature_maps
-        return [head(m, pooled) for head, m in
-                zip(self.heads, [*maps, maps[-1].mean((2, 3))], strict=True)]
+        features = [*maps, maps[-1].mean((2, 3))]                         # the last one is B×C
+        return [head(x) for head, x in zip(self.heads, features, strict=True)]
 
+
+# ================================================================== prompts
 
 def load_pipeline(preset, dtype, **parts):
-    """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components.
-    A folder without T5 loads only when it is told so."""
+    """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components."""
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils import logging
     logging.disable_progress_bar()
-    without_t5 = {} if preset.text_length else {"text_encoder_3": None, "tokenizer_3": None}
+    if not preset.text_length:
+        # A folder without T5 loads only when it is told so, whatever its model_index.json says.
+        parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
     return StableDiffusion3Pipeline.from_pretrained(
-        preset.source, torch_dtype=dtype, use_safetensors=True, **without_t5, **parts)
+        preset.source, torch_dtype=dtype, use_safetensors=True, **parts)
 
 
-def encode_prompts(preset, prompts, device, dtype=torch.float32, random_weights=False):
-    """(embeds [N, L, D], pooled [N, P]) of prompts on the CPU,
-    through the stock pipeline's encode_prompt.
+class Prompts:
+    """A pool of prompts, each encoded once, and the empty prompt. Index it like a list.
 
-    Loads the text encoders, encodes, and frees them. The empty string is the unconditional prompt.
-    L is 77 + 256 for the real models, 8 for tiny (no T5).
+    Encode before the networks are loaded: the text encoders of a real model take 11 GB, and are
+    freed again here. An encoded SD3 prompt takes 2.7 MB of host memory.
     """
-    if random_weights and preset.architecture:
-        shape = preset.architecture
-        drawn = [rng(0, "prompt", text) for text in prompts]
-        return (torch.stack([torch.randn(preset.tokens, shape["joint_attention_dim"],
-                                         generator=g) for g in drawn]).to(dtype),
-                torch.stack([torch.randn(shape["pooled_projection_dim"], generator=g)
-                             for g in drawn]).to(dtype))
-    from diffusers import SD3Transformer2DModel
+
+    def __init__(self, preset, texts, device):
+        self.texts, self.device = list(texts), device
+        self.embeds, self.pooled = encode_prompts(preset, [*self.texts, ""], device)
+
+    def __len__(self):
+        return len(self.texts)
+
+    def take(self, indices):
+        """The prompts of these indices: (embeds [B, L, J], pooled [B, P]) on the device."""
+        indices = torch.as_tensor(indices)
+        return self.embeds[indices].to(self.device), self.pooled[indices].to(self.device)
+
+    def uncond(self, n):
+        """The empty prompt n times: the teacher's unconditional branch."""
+        return self.take([len(self.texts)] * n)
+
+
+def encode_prompts(preset, texts, device):
+    """(embeds [n, L, J], pooled [n, P]) on the CPU, by the stock pipeline's own encode_prompt.
+    L is 77 + 256 for the real models, 8 for tiny, which has no T5."""
+    from tqdm import tqdm
+    device = torch.device(device)
     with torch.device("meta"):  # encode_prompt reads the transformer's config, never its weights
-        config_only = SD3Transformer2DModel.from_config(check_base(preset))
-    with _hub(preset, "the text encoders"):
-        pipe = load_pipeline(preset, dtype, transformer=config_only, vae=None)
+        config_only = CachedSD3.from_config(check_base(preset))
+    with loading("the text encoders", preset.source):
+        pipe = load_pipeline(preset, frozen_dtype(device), transformer=config_only, vae=None)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if encoder is not None:
             encoder.to(device)
     embeds, pooled = [], []
     with torch.no_grad():
-        for prompt in prompts:  # one by one: in a batch its last bits depend on its neighbours
-            e, _, p, _ = pipe.encode_prompt(
-                prompt, None, None, do_classifier_free_guidance=False,
-                max_sequence_length=preset.text_length, device=device)
-            embeds.append(e.cpu())
-            pooled.append(p.cpu())
+        # One by one: in a batch the last bits of a prompt depend on its neighbours.
+        for text in tqdm(texts, desc="encoding prompts", disable=len(texts) < 100 or not first()):
+            # Of the four answers two are for guidance inside the pipeline; ours are one and three.
+            answers = pipe.encode_prompt(text, None, None, do_classifier_free_guidance=False,
+                                         max_sequence_length=preset.text_length, device=device)
+            embeds.append(answers[0].cpu())                               # 1×L×J
+            pooled.append(answers[2].cpu())                               # 1×P
     return torch.cat(embeds), torch.cat(pooled)
 
 
-class PromptBook:
-    """Embeddings by prompt, each encoded once, in chunks ahead of use.
-
-    One encoded SD3 prompt is 2.7 MB, so 100 000 do not fit: the book holds `keep` (and the empty
-    prompt) for good, the prompts of the coming iterations for a chunk, and loads and frees the text
-    encoders once a chunk. wanted(iteration) lists the prompts of an iteration.
-    """
-
-    def __init__(self, preset, device, wanted, iterations, keep=(), chunk=1024,
-                 random_weights=False):
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.encode = lambda texts: encode_prompts(preset, texts, device, dtype, random_weights)
-        self.device, self.wanted, self.iterations, self.chunk = device, wanted, iterations, chunk
-        self.keep, self.pages = ["", *keep], {}
-
-    def of(self, texts, iteration=None):
-        """(embeds [B, L, D], pooled [B, P]) of texts, on the device."""
-        if any(text not in self.pages for text in texts):
-            ahead = dict.fromkeys([*self.keep, *texts])
-            for later in range(iteration + 1 if iteration is not None else 0, self.iterations):
-                if len(ahead) >= self.chunk:
-                    break
-                ahead.update(dict.fromkeys(self.wanted(later)))
-            new = [text for text in ahead if text not in self.pages]
-            self.pages = {text: page for text, page in self.pages.items() if text in ahead}
-            self.pages.update(zip(new, zip(*self.encode(new), strict=True), strict=True))
-        return tuple(torch.stack(part).to(self.device)
-                     for part in zip(*(self.pages[text] for text in texts), strict=True))
-
-    def __call__(self, iteration):
-        """The prompts of an iteration, as of(...)."""
-        return self.of(self.wanted(iteration), iteration)
-
-    def uncond(self, n):
-        """The empty prompt n times: the teacher's unconditional branch."""
-        return tuple(part.expand(n, *part.shape[1:]) for part in self.of([""]))
-
-
-# ----------------------------------------------------------------------------- prompts
-
-_GRAMMAR = (
+# Five lists whose combinations are 80 000 prompts: style, kind, subject, place, light [ours].
+GRAMMAR = (
     ("a close-up photo of", "an oil painting of", "a watercolour of", "a pencil drawing of",
      "a film still of", "a wide shot of", "a studio portrait of", "a 3D render of",
      "a vintage photo of", "an isometric view of"),
@@ -424,13 +415,37 @@ _GRAMMAR = (
 
 
 def default_prompts(preset):
-    """The miniature's 24 captions, or (deviation 8) 80 000 prompts of a built-in grammar
-    (style, kind, subject, place, light)."""
+    """The miniature's 24 captions, or the built-in grammar's 80 000 prompts (deviation 8)."""
     if preset.captions == "tiny":
-        from tiny import CAPTIONS
+        from tiny.world import CAPTIONS
         return CAPTIONS
-    import itertools
-    return [" ".join(words) for words in itertools.product(*_GRAMMAR)]
+    return [" ".join(words) for words in itertools.product(*GRAMMAR)]
+
+
+def choose_prompts(preset, path=None, text=None):
+    """The texts to train or sample on: one text, those of a file, or the default ones. Warns of
+    words that the miniature world does not know."""
+    if text:
+        texts = [text]
+    elif path:
+        texts = read_prompts(path)
+    else:
+        texts = default_prompts(preset)
+    if preset.captions == "tiny":
+        from tiny.world import WORDS
+        unknown = {word for text in texts for word in text.lower().split()} - WORDS
+        if unknown:
+            print(f"warning: the miniature world does not know {', '.join(sorted(unknown)[:8])}; "
+                  f"its words are {', '.join(sorted(WORDS))}", file=sys.stderr)
+    return texts
+
+
+def draw_pool(texts, size, seed):
+    """`size` of the texts, drawn by seed (--pool): all that a run encodes and trains on."""
+    if size >= len(texts):
+        return texts
+    order = torch.randperm(len(texts), generator=rng(seed, "pool"))
+    return [texts[j] for j in order[:size].tolist()]
 
 
 def read_prompts(path):
@@ -440,7 +455,7 @@ def read_prompts(path):
     if not path.is_file():
         raise UserError(f"--prompts {path}: there is no such file")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # takes a byte-order mark away
+        text = path.read_text(encoding="utf-8-sig")       # takes a byte-order mark away
     except UnicodeDecodeError:
         raise UserError(f"--prompts {path}: not UTF-8 text") from None
     prompts = []
@@ -460,49 +475,3 @@ def read_prompts(path):
     if not prompts:
         raise UserError(f"--prompts {path}: no prompt in it")
     return prompts
-
-
-def choose_prompts(preset, path=None):
-    """The prompts to train or sample on; warns of words that the miniature world does not know."""
-    prompts = read_prompts(path) if path else default_prompts(preset)
-    warn_unknown_words(preset, prompts)
-    return prompts
-
-
-def warn_unknown_words(preset, prompts):
-    """The miniature knows a dozen words;
-    any other one is read as noise, which deserves a warning."""
-    if preset.captions == "tiny":
-        from tiny import WORDS
-        unknown = sorted({word for text in prompts for word in text.lower().split()} - WORDS)
-        if unknown:
-            print(f"warning: the miniature world does not know {', '.join(unknown[:8])}; "
-                  f"its words are {', '.join(sorted(WORDS))}", file=sys.stderr)
-
-
-def save_pictures(pictures, path, columns, labels=()):
-    """Saves pictures [B, 3, H, W] in [0, 1] as one PNG grid, with a label before each row;
-    small ones are shown enlarged to about 96 pixels."""
-    from PIL import Image, ImageDraw, ImageFont
-    rows = -(-len(pictures) // columns)
-    h, w = pictures.shape[2:]
-    canvas = torch.ones(3, rows * (h + 2), columns * (w + 2))
-    for i, picture in enumerate(pictures.float().cpu()):
-        y, x = i // columns * (h + 2), i % columns * (w + 2)
-        canvas[:, y:y + h, x:x + w] = picture.clamp(0, 1)
-    image = Image.fromarray((canvas.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
-    scale = max(1, 96 // h)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    image = image.resize((image.width * scale, image.height * scale), Image.NEAREST)
-    if labels:
-        font = ImageFont.load_default(20)
-        margin = 20 + max(int(font.getlength(label)) for label in labels)
-        sheet = Image.new("RGB", (image.width + margin, image.height), "white")
-        sheet.paste(image, (margin, 0))
-        for row, label in enumerate(labels):
-            ImageDraw.Draw(sheet).text((10, (row + 0.4) * (h + 2) * scale), label, "black", font)
-        image = sheet
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)

@@ -1,136 +1,208 @@
-r"""Sampling: one sigma grid, the teacher's guided sampler, the few-step student,
+r"""Sampling: the sigma grids, the 1.67-step sampler, the teacher's guided sampler, the NFE meter,
 and pictures from a run.
 
-    python sampler.py --checkpoint runs/tiny-stage1 --prompt "a red circle" \
-                      --num-images 16 --out grid.png
+    python sampler.py --checkpoint runs/tiny-stage2 --prompt "a red circle" --num-images 16
+    python sampler.py --nfe-table                  # network evaluations of every model and span
 
 The grid and the Euler step here are the ones that training uses and that the stock pipeline
-reproduces when it is called with `sigmas=[...]` (distill.json holds the exact call).
-`num_inference_steps=2` alone would give the stock pipeline σ = 1, 0.0089, 0 instead of 1, 0.75, 0:
-a wrong grid that shows as blurred pictures.
-NFE counts network passes; guidance doubles a pass where it is on.
-Dimension key: B batch, C H W latents.
+reproduces when it is called with `sigmas=[...]` (distill.json of a run holds the exact call).
+NFE is the number of network evaluations; guidance doubles an evaluation where it is on.
+
+Dimension key: B batch, C latent channels, H W latent size, N student steps.
 """
 
-import contextlib
 import dataclasses
 import itertools
+import os
 import time
 from pathlib import Path
 
 import torch
 
-from cache import BlockCache, make_compensation, nfe, parse_span
-from losses import euler, guide, shift_sigma
-from model import (PRESETS, Decoder, PromptBook, check_base, choose_prompts, find_preset,
-                   pick_device, save_pictures, velocity, warn_unknown_words)
-from run import (FORMAT, UserError, World, checkpoints, command, option, parse_settings, read_json,
-                 rng)
+from run import (FORMAT, UserError, checkpoints, command, first, load_file, option, parse_settings,
+                 read_json, rng)
+from cache import CachedSD3, make_compensation, nfe
+from losses import euler, guidance_weight, guide, shift_sigma
+from model import (PRESETS, Decoder, Prompts, call_network, check_base, choose_prompts,
+                   find_preset, loading, parse_span, pick_device, velocity)
 
 TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 
 
-# ----------------------------------------------------------------------------- grids and noise
+# ================================================================== grids and noise
 
-def sigma_grid(steps, shift=3.0):
-    """The student's sigmas, fp32 [steps + 1], from 1 (noise) to 0:
-    two steps are 1, 0.75, 0 (official, shift 3)."""
-    return shift_sigma(1 - torch.arange(steps + 1) / steps, shift)
+def sigma_grid(steps):
+    """The student's sigmas, fp32 [N + 1], from 1 (noise) to 0: two steps are 1, 0.75, 0; four are
+    1, 0.9, 0.75, 0.5, 0 [official, shift 3]."""
+    u = 1 - torch.arange(steps + 1) / steps
+    return shift_sigma(u)
 
 
 def stock_sigmas(steps):
-    """What to pass as `sigmas` to the stock pipeline, which shifts by itself:
-    [1.0, 0.5] for two steps."""
+    """What to pass as `sigmas` to the stock pipeline, which shifts by itself: [1.0, 0.5] for two
+    steps. Never rely on num_inference_steps=2 alone: the stock scheduler then spreads its steps
+    over its own 1,000 timesteps, last one included, and gives σ = 1, 0.0089, 0 instead of 1, 0.75,
+    0. The student has never seen 0.0089, and its pictures are blurred."""
     return [round(1 - i / steps, 6) for i in range(steps)]
 
 
-def load_scheduler(preset, random_weights=False):
+def load_scheduler(preset):
     """The base model's own FlowMatchEulerDiscreteScheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
-    if random_weights and preset.architecture:
-        return FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(preset.source, subfolder="scheduler")
+    with loading("the scheduler", preset.source):
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(preset.source, subfolder="scheduler")
 
 
 def teacher_sigmas(scheduler, steps=TEACHER_STEPS):
-    """The stock scheduler's own sigmas, fp32 [steps + 1]:
-    with 28 steps and α = 0.94, five lie above α."""
+    """The stock scheduler's own sigmas, fp32 [steps + 1]; of 28 steps five begin above α = 0.94."""
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.cpu()
 
 
 def image_noise(seed, indices, shape, who="image"):
-    """Start noise [B, C, H, W], each image from (seed, who, its index) alone: the batch size
+    """Start noise [B, C, H, W], each image's from (seed, who, its index) alone: the batch size
     changes no picture. who="training" has noises that no sample or evaluation ever uses."""
-    return torch.stack([torch.randn(shape, generator=rng(seed, who, int(i))) for i in indices])
+    noises = [torch.randn(shape, generator=rng(seed, who, int(i))) for i in indices]
+    return torch.stack(noises)
 
 
-# ----------------------------------------------------------------------------- samplers
+# ================================================================== the student: 1.67 evaluations
 
-def roll_out(student, x, prompt, sigmas, cache=None, later="reuse"):
-    """The student's path from noise x [B, C, H, W]:
-    (latents at every sigma, velocities at every step).
+def cached_velocity(student, x, sigma, prompt, span=None, delta=None, f=None):
+    """(velocity [B, C, H, W] fp32, Δ0) of the student. Without delta every block runs and the
+    span's residual Δ0 is recorded; with it the span is skipped and f(Δ0) stands in for it."""
+    v, delta = call_network(student, x, sigma, prompt, span=span, delta=delta, f=f)
+    return v.float(), delta
 
-    Deterministic Euler (official η = 1). There are N + 1 latents, the last one is the sample,
-    and N velocities. With a cache the first step records and the later ones "reuse" (or "skip").
+
+def roll_out(student, x, prompt, sigmas, span=None, f=None):
+    """The student's path from noise x [B, C, H, W] along sigmas [N + 1]: (latents, velocities, Δ0).
+
+    There are N + 1 latents, of which the last is the sample, and N velocities, all [B, C, H, W].
+    With a span this is the 1.67-step sampler of the paper; without one every step is a full one.
     """
     latents, velocities = [x], []
-    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist())):
-        with cache.step("record" if step == 0 else later) if cache else contextlib.nullcontext():
-            velocities.append(velocity(student, latents[-1], sigma, prompt))
-        latents.append(euler(latents[-1], velocities[-1], sigma, sigma_next))
-    return latents, velocities
+    # Nothing is recorded yet, so step one runs every block and returns Δ0. From step two on Δ0 is
+    # there, and the span is skipped. Training and inference both come here: Stage II learns on
+    # exactly the path that is used later (paper: "inference-consistent").
+    delta = None
+    for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
+        v, delta = cached_velocity(student, x, sigma, prompt, span, delta, f)
+        x = euler(x, v, sigma, sigma_next)                # no noise is added [official η = 1]
+        velocities.append(v)
+        latents.append(x)
+    return latents, velocities, delta
 
 
-def guided_velocity(net, x, sigma, prompt, uncond, guidance, alpha):
-    """The teacher's velocity [B, C, H, W] by Eq. 4: conditional and unconditional pass, always
-    both, as one batch. sigma [B] or a number; prompt, uncond (embeds, pooled)."""
+# ================================================================== the teacher: 28 × 2 evaluations
+
+def guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha):
+    """The teacher's velocity [B, C, H, W] by Eq. 4; sigma [B] or a number, prompt and uncond
+    (embeds, pooled)."""
+    # Conditional and unconditional pass go through the network as one batch of 2·B. Always both,
+    # although above α only the first counts: with several processes a pass that only some of them
+    # run would hang the others (deviation 6).
+    embeds = torch.cat([prompt[0], uncond[0]])                            # 2B×L×J
+    pooled = torch.cat([prompt[1], uncond[1]])                            # 2B×P
     twice = torch.cat([sigma, sigma]) if torch.is_tensor(sigma) else sigma
-    both = velocity(net, torch.cat([x, x]), twice,
-                    [torch.cat(part) for part in zip(prompt, uncond, strict=True)])
-    return guide(*both.chunk(2), sigma, guidance, alpha)
+    v = velocity(teacher, torch.cat([x, x]), twice, (embeds, pooled))     # 2B×C×H×W
+    v_cond, v_uncond = v.chunk(2)
+    return guide(v_cond, v_uncond, guidance_weight(sigma, w, alpha))      # B×C×H×W
 
 
-def sample_guided(net, x, prompt, uncond, sigmas, guidance, alpha=1.0):
-    """(latents [B, C, H, W], passes): Euler with the guidance rule of Eq. 4,
-    α = 1 being guidance everywhere.
+def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):
+    """(latents [B, C, H, W], passes): Euler along sigmas with the guidance rule of Eq. 4; α = 1 is
+    guidance everywhere.
 
-    Where guidance is off only the conditional pass is run, so 28 steps cost 56 passes at α = 1,
-    51 at α = 0.94 and 28 at guidance 1.
+    Where the rule gives weight 1 only the conditional pass is run. So 28 steps cost 56 passes at
+    α = 1, 51 at α = 0.94, and 28 at w = 1.
     """
     passes = 0
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
-        if guidance != 1 and sigma <= alpha:
-            v = guided_velocity(net, x, sigma, prompt, uncond, guidance, alpha)
-            passes += 2
-        else:
-            v = velocity(net, x, sigma, prompt)
+        if guidance_weight(sigma, w, alpha) == 1:
+            v = velocity(teacher, x, sigma, prompt)
             passes += 1
+        else:
+            v = guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha)
+            passes += 2
         x = euler(x, v, sigma, sigma_next)
     return x, passes
 
 
-# ----------------------------------------------------------------------------- runs
+# ================================================================== the NFE meter
 
-def recipe_of(preset, stage, steps, alpha, guidance, shape, pixels=None, random_weights=False):
-    """The content of distill.json: what is needed to sample a run,
-    and the stock call that gives the same picture. pixels: a side that is not the model's own."""
-    size = f", height={pixels}, width={pixels}" if pixels else ""
-    t5 = "" if preset.text_length else ", text_encoder_3=None, tokenizer_3=None"
+def forward_flops(net, shape, tokens, **cached):
+    """FLOPs of one forward of a transformer on the meta device, for one sample of latents `shape`
+    [C, H, W] and `tokens` text tokens; cached as in CachedSD3.forward. Returns (FLOPs, Δ0)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):                            # shapes without memory or arithmetic
+        x = torch.zeros(1, *shape)
+        embeds = torch.zeros(1, tokens, net.config.joint_attention_dim)
+        pooled = torch.zeros(1, net.config.pooled_projection_dim)
+        timestep = torch.zeros(1)
+        # On a CPU the counter would miss the attention; on meta tensors it does not.
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            _, delta = net(x, timestep, embeds, pooled, **cached)
+    return counter.get_total_flops(), delta
+
+
+def count_nfe(preset, span, steps=2):
+    """{"blocks", "flops", "flops_with_f"}: network evaluations of a student with span (n, m) or
+    None, counted by blocks, by FLOPs, and by FLOPs with f. One evaluation is one full forward."""
+    if not span:
+        return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
+    with torch.device("meta"):
+        net = CachedSD3.from_config(preset.architecture or check_base(preset)).eval()
+        f = make_compensation(net.inner_dim)
+    config = net.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    full, delta = forward_flops(net, shape, preset.tokens, span=span)
+    plain, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta)
+    with_f, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta, f=f)
+    return {"blocks": nfe(steps, span, config.num_layers),
+            "flops": 1 + (steps - 1) * plain / full,
+            "flops_with_f": 1 + (steps - 1) * with_f / full}
+
+
+def nfe_table():
+    """The NFE of every preset's span, and of slower ones, as text."""
+    spans = {name: [preset.cached_blocks] for name, preset in PRESETS.items()}
+    spans["tiny"].append("1-3")
+    spans["sd3-medium"].append("2-7")                     # the released config: the paper's "slow"
+    lines = ["model             span   blocks    FLOPs   with f   of two steps; the teacher: 56"]
+    for name, of_model in spans.items():
+        for text in of_model:
+            n = count_nfe(PRESETS[name], parse_span(text, 1000))
+            lines.append(f"{name:14}{text:>8}{n['blocks']:9.3f}{n['flops']:9.3f}"
+                         f"{n['flops_with_f']:9.3f}")
+    return "\n".join(lines)
+
+
+# ================================================================== runs
+
+def recipe_of(preset, stage, steps, alpha, guidance, shape, size=None):
+    """The content of distill.json: what is needed to sample a run, and the stock call that gives
+    the two-step picture. size: a side in pixels that is not the model's own."""
+    without_t5 = "" if preset.text_length else ", text_encoder_3=None, tokenizer_3=None"
+    pixels = f", height={size}, width={size}" if size else ""
     return {
         "format": FORMAT, "base": preset.name, "stage": stage, "iteration": 0, "steps": steps,
         "sigmas": [round(s, 6) for s in sigma_grid(steps).tolist()],
         "alpha": alpha, "guidance": guidance, "cached_blocks": None, "nfe": float(steps),
-        "latent_shape": list(shape), "random_weights": random_weights,
+        "latent_shape": list(shape), "resolution": size,
         "stock_call": f"StableDiffusion3Pipeline.from_pretrained({preset.source!r}, "
-                      f"transformer=SD3Transformer2DModel.from_pretrained('RUN/student'){t5})"
+                      f"transformer=SD3Transformer2DModel.from_pretrained('RUN/student'){without_t5})"
                       f"(prompt, sigmas={stock_sigmas(steps)}, num_inference_steps={steps}, "
-                      f"guidance_scale=1.0, max_sequence_length={preset.text_length}{size})"}
+                      f"guidance_scale=1.0, max_sequence_length={preset.text_length}{pixels})"}
 
 
-def read_recipe(folder, random_weights=False):
-    """The checked distill.json of a run folder; UserError when it is missing, foreign or nonsense,
-    or, unless random_weights, of a run that only tried a machine."""
+RECIPE_TYPES = {"base": str, "stage": int, "iteration": int, "steps": int, "alpha": float,
+                "guidance": float, "nfe": float, "latent_shape": list}
+
+
+def read_recipe(folder):
+    """The checked distill.json of a run folder; UserError when it is missing, foreign or
+    nonsense."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}; "
@@ -139,142 +211,106 @@ def read_recipe(folder, random_weights=False):
     if recipe.get("format") != FORMAT:
         raise UserError(f"{folder}/distill.json has format {recipe.get('format')!r}; "
                         f"this code reads {FORMAT}")
-    rules = {"base": str, "stage": int, "iteration": int, "steps": int, "alpha": float,
-             "guidance": float, "nfe": float, "init": str, "cached_blocks": str}
-    optional = {"init", "cached_blocks"}
-    for key, kind in rules.items():
-        if type(recipe.get(key)) not in ((int, float) if kind is float else (kind,)) and not (
-                key in optional and recipe.get(key) is None):
-            raise UserError(f"{folder}/distill.json: {key} is {str(recipe.get(key))[:80]!r}, "
+    for key, kind in RECIPE_TYPES.items():
+        value = recipe.get(key)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"{folder}/distill.json: {key} is {str(value)[:80]!r}, "
                             f"not {kind.__name__}")
     if not (1 <= recipe["steps"] <= 1000
             and 0 <= recipe["alpha"] <= 1 <= recipe["guidance"] <= 100):
         raise UserError(f"{folder}/distill.json: steps not between 1 and 1000, alpha not between "
                         "0 and 1, or guidance not between 1 and 100")
-    if recipe.get("cached_blocks"):
-        parse_span(recipe["cached_blocks"], 10_000)         # its form; BlockCache knows the model
-    if recipe.get("random_weights") and not random_weights:
-        raise UserError(f"{folder} was made with --random-weights, to try a machine: "
-                        "there is nothing to see in it")
-    shape = recipe.get("latent_shape")
-    if not (isinstance(shape, list) and len(shape) == 3
-            and all(type(n) is int and 1 <= n <= 1024 for n in shape)):
+    shape = recipe["latent_shape"]
+    if len(shape) != 3 or not all(type(n) is int and 1 <= n <= 1024 for n in shape):
         raise UserError(f"{folder}/distill.json: latent_shape is {shape!r}, "
                         "not three small integers")
+    if recipe.get("cached_blocks") is not None:
+        parse_span(recipe["cached_blocks"], 10_000)       # its form; load_student knows the model
     return recipe
 
 
 def load_student(folder, preset, recipe, device):
-    """(transformer, f or None) of a run, finished or not:
-    the result or, when that is older, the newest checkpoint."""
-    from diffusers import SD3Transformer2DModel
+    """(student, span or None, f or None) of a run, finished or not: the result or, when that is
+    older, the newest checkpoint."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
     folder = Path(folder)
     saved = checkpoints(folder)
     newest = int(saved[-1].name[-6:]) if saved else -1
     finished = (folder / "student" / "config.json").exists() and recipe["iteration"] >= newest
     if not finished and not saved:
         raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
-    compensation = None
+    span = f = None
     try:
         if finished:
-            net = SD3Transformer2DModel.from_pretrained(
-                folder / "student", torch_dtype=torch.float32, use_safetensors=True)
+            student = CachedSD3.from_pretrained(folder / "student", torch_dtype=torch.float32,
+                                                use_safetensors=True)
         else:
-            net = SD3Transformer2DModel.from_config(
-                check_base(preset, recipe.get("random_weights")))
-            net.load_state_dict(load_file(saved[-1] / "student.safetensors"))
-        if recipe["cached_blocks"] and recipe.get("compensation", True):
-            compensation = make_compensation(net.inner_dim)
-            compensation.load_state_dict(load_file(
-                (folder if finished else saved[-1]) / "compensation.safetensors"))
-            compensation.to(device).eval()
+            student = CachedSD3.from_config(check_base(preset))
+            student.load_state_dict(load_file(saved[-1] / "student.safetensors"))
+        if recipe.get("cached_blocks"):
+            span = parse_span(recipe["cached_blocks"], len(student.transformer_blocks))
+        if span and recipe.get("compensation", True):
+            f = make_compensation(student.inner_dim)
+            source = folder if finished else saved[-1]
+            f.load_state_dict(load_file(source / "compensation.safetensors"))
+            f.to(device).eval()
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: its student does not load "
                         f"({str(error).splitlines()[0][:160]})") from error
-    c, (channels, *sides) = net.config, recipe["latent_shape"]
-    if channels != c.in_channels or max(sides) > c.pos_embed_max_size * c.patch_size:
+    config, (channels, *sides) = student.config, recipe["latent_shape"]
+    if channels != config.in_channels or max(sides) > config.pos_embed_max_size * config.patch_size:
         raise UserError(f"{folder}/distill.json: latent_shape {recipe['latent_shape']} does not "
-                        f"fit its student")
-    return net.to(device).eval(), compensation
+                        "fit its student")
+    return student.to(device).eval(), span, f
 
+
+# ================================================================== pictures
 
 class Gallery:
-    """The sample grid of a training run: always the same prompts (rows) and seeds (columns)."""
+    """The sample grid of a training run: always the same prompts (rows) and noises (columns)."""
 
     def __init__(self, preset, prompts):
+        self.prompts = prompts
         self.size = 8 if preset.captions == "tiny" else 4
-        order = torch.randperm(len(prompts), generator=rng(0, "gallery"))
-        self.prompts = [prompts[j] for j in order[:self.size]]
+        self.rows = torch.randperm(len(prompts), generator=rng(0, "gallery"))[:self.size]
 
-    def save(self, path, student, book, decode, shape, sigmas, cache=None):
+    def save(self, path, student, decode, shape, sigmas, span=None, f=None):
         """Samples the grid and writes it to path. All processes call it; the first one writes."""
         pictures = []
         with torch.no_grad():
-            for row, prompt in enumerate(self.prompts):
-                indices = range(row * self.size, (row + 1) * self.size)
-                noise = image_noise(42, indices, shape).to(book.device)
-                latents = roll_out(student, noise, book.of([prompt] * self.size), sigmas, cache)[0]
+            for i, row in enumerate(self.rows.tolist()):
+                noise = image_noise(42, range(i * self.size, (i + 1) * self.size), shape)
+                prompt = self.prompts.take([row] * self.size)
+                latents, _, _ = roll_out(student, noise.to(self.prompts.device), prompt, sigmas,
+                                         span, f)
                 pictures += [decode(one).cpu() for one in latents[-1].split(1)]
-        if World().first:
+        if first():
             save_pictures(torch.cat(pictures), path, self.size)
 
 
-# ----------------------------------------------------------------------------- NFE meter
-
-def forward_flops(net, shape, tokens, cache=None, mode="full"):
-    """FLOPs of one forward of a transformer on the meta device, for one sample of latents `shape`
-    [C, H, W] and `tokens` text tokens; with a cache, of the step that mode names."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"):
-        call = dict(hidden_states=torch.zeros(1, *shape), timestep=torch.zeros(1),
-                    encoder_hidden_states=torch.zeros(1, tokens, net.config.joint_attention_dim),
-                    pooled_projections=torch.zeros(1, net.config.pooled_projection_dim))
-        with (torch.no_grad(), FlopCounterMode(display=False) as counter,
-              cache.step(mode) if cache else contextlib.nullcontext()):
-            net(**call, return_dict=False)
-    return counter.get_total_flops()
-
-
-def count_nfe(preset, span, steps=2):
-    """{"blocks", "flops", "flops_with_f"}: network evaluations of a student with span "n-m" or
-    None.
-
-    Counted on meta tensors, so without weights or GPU, at the preset's own picture size and text
-    length. One evaluation is one full forward of the same network; f's cost shows in the last only.
-    """
-    if not span:
-        return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
-    from diffusers import SD3Transformer2DModel
-    with torch.device("meta"):
-        net = SD3Transformer2DModel.from_config(preset.architecture or check_base(preset)).eval()
-        f = make_compensation(net.inner_dim)
-    c, later = net.config, {}
-    of = (net, (c.in_channels, c.sample_size, c.sample_size), preset.tokens)
-    full = forward_flops(*of)
-    for name, use in (("flops", None), ("flops_with_f", f)):
-        cache = BlockCache(net, span, use)
-        forward_flops(*of, cache, "record")
-        later[name] = 1 + (steps - 1) * forward_flops(*of, cache, "reuse") / full
-        cache.remove()
-    return {"blocks": nfe(steps, parse_span(span, c.num_layers), c.num_layers), **later}
+def save_pictures(pictures, path, columns):
+    """Saves pictures [B, 3, H, W] in [0, 1] as one PNG grid, whole or not at all; small ones are
+    shown enlarged to about 96 pixels."""
+    from PIL import Image
+    h, w = pictures.shape[2:]
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (w + 2), rows * (h + 2)), "white")
+    pixels = (pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    for i, picture in enumerate(pixels.cpu().numpy()):
+        place = i % columns * (w + 2), i // columns * (h + 2)
+        sheet.paste(Image.fromarray(picture), place)
+    scale = max(1, 96 // h)
+    sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    sheet.save(temporary, format="PNG")
+    os.replace(temporary, path)
 
 
-def nfe_table():
-    """The NFE of every preset's span, and of SD3-Medium's slow one, as text."""
-    lines = [f"{'model':14}{'span':>8}{'blocks':>9}{'FLOPs':>9}{'with f':>9}"
-             "   of two steps; the teacher: 56"]
-    for preset in PRESETS.values():
-        slow = {"sd3-medium": ["2-7"], "tiny": ["1-3"]}.get(preset.name, [])
-        for span in [preset.cached_blocks, *slow]:
-            n = count_nfe(preset, span)
-            lines.append(f"{preset.name:14}{span:>8}{n['blocks']:9.3f}{n['flops']:9.3f}"
-                         f"{n['flops_with_f']:9.3f}")
-    return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------- command
+# ================================================================== command
 
 @dataclasses.dataclass
 class Settings:
@@ -306,30 +342,28 @@ def main(argv):
         raise UserError("give --prompt or --prompts, not both")
     recipe = read_recipe(settings.checkpoint)
     preset, device = find_preset(recipe["base"]), pick_device(settings.device)
-    texts = ([settings.prompt] if settings.prompt
-             else choose_prompts(preset, settings.prompts)[:1000])
-    if settings.prompt:
-        warn_unknown_words(preset, texts)
-    student, compensation = load_student(settings.checkpoint, preset, recipe, device)
-    cached = recipe["cached_blocks"] and not settings.no_cache
-    cache = BlockCache(student, recipe["cached_blocks"], compensation) if cached else None
+    texts = choose_prompts(preset, settings.prompts, settings.prompt)[:1000]
+
+    prompts = Prompts(preset, texts, device)
+    student, span, f = load_student(settings.checkpoint, preset, recipe, device)
+    if settings.no_cache:
+        span = None
     decode, sigmas = Decoder(preset, device), sigma_grid(recipe["steps"])
-    jobs = [text for text in texts for _ in range(settings.num_images)]    # image i shows jobs[i]
-    chunks = [range(i, min(i + settings.batch_size, len(jobs)))
-              for i in range(0, len(jobs), settings.batch_size)]
-    book = PromptBook(preset, device, lambda i: [jobs[j] for j in chunks[i]], len(chunks))
-    pictures, start = [], time.perf_counter()
+
+    total, pictures, start = len(texts) * settings.num_images, [], time.perf_counter()
     with torch.inference_mode():
-        for i, chunk in enumerate(chunks):
-            latents = roll_out(
-                student, image_noise(settings.seed, chunk, recipe["latent_shape"]).to(device),
-                book(i), sigmas, cache)[0][-1]
-            pictures += [decode(one).cpu() for one in latents.split(1)]
+        for images in torch.arange(total).split(settings.batch_size):
+            noise = image_noise(settings.seed, images, recipe["latent_shape"]).to(device)
+            prompt = prompts.take(images // settings.num_images)          # image i shows its prompt
+            latents, _, _ = roll_out(student, noise, prompt, sigmas, span, f)
+            # The VAE takes them one by one: 1024² pictures need much memory, and the last bits of a
+            # picture must not depend on its neighbours.
+            pictures += [decode(one).cpu() for one in latents[-1].split(1)]
     seconds = time.perf_counter() - start
-    columns = settings.num_images if len(texts) > 1 else max(1, round(len(jobs) ** 0.5))
+    columns = settings.num_images if len(texts) > 1 else max(1, round(total ** 0.5))
     save_pictures(torch.cat(pictures), settings.out, columns)
-    print(f"{settings.out}: {len(jobs)} images, "
-          f"{recipe['nfe'] if cached else recipe['steps']:.4g} network evaluations each, "
+    evaluations = recipe["nfe"] if span else recipe["steps"]
+    print(f"{settings.out}: {total} images, {evaluations:.4g} network evaluations each, "
           f"{seconds:.1f} s")
 
 

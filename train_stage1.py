@@ -1,271 +1,343 @@
-"""Stage I of 1.x-Distill: structure, by distribution matching
-whose teacher guidance is off at high noise.
+"""Stage I of 1.x-Distill: structure, by distribution matching whose teacher guidance is off at high
+noise.
 
     python train_stage1.py                         # the miniature world, minutes on a laptop CPU
     python train_stage1.py --model sd3-medium      # the same code on a real model
     torchrun --nproc-per-node 8 train_stage1.py --model sd3.5-large
 
 Three networks start from the base model: the frozen teacher, the student, and the fake score, which
-follows the student's own distribution. Each iteration (paper, Stage I; official trajectory-window
-form):
-  1. roll out    the student runs all its steps without gradient
+learns the distribution of the student's own samples. Each iteration (paper, Stage I; in the
+official code's trajectory-window form):
+  1. roll out    the student runs all its steps, without gradient
   2. fake score  learns by flow matching on the student's samples
-  3. student     one of its steps with gradient, re-noised; the loss pulls it along
-                 teacher minus fake score
-Guidance of the teacher follows Eq. 4. Not here: the cache and the adversarial stage
-(train_stage2.py).
-Dimension key: B batch, C latent channels, H W latent size, N student steps.
+  3. student     one of its steps, with gradient; the loss moves it to where the teacher points and
+                 away from where the fake score points
+The teacher's guidance follows Eq. 4. Not here: the mathematics (losses.py), the cache and the
+adversarial stage (cache.py, train_stage2.py).
+
+Dimension key: B batch, C latent channels, H W latent size, N student steps. Latents are
+[B, C, H, W].
 """
 
 import dataclasses
+import functools
 import hashlib
 import time
-from functools import partial
 
-from run import (Patience, Run, UserError, World, check_batch, command, option, parse_settings, rng,
-                 update, write_json)
+import torch
+from tqdm import tqdm
 
+from run import (CommonSettings, Run, UserError, check_batch, clip_and_step, command, fill_in,
+                 first, join_processes, micro_batches, option, parse_settings, rng, share,
+                 write_json)
+from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
+                    importance_curve, renoise, window, x0_from_velocity)
+from model import (Decoder, Prompts, check_base, choose_prompts, draw_pool, find_preset,
+                   frozen_dtype, load_transformer, pick_device, place, save_transformer,
+                   vae_factor, velocity)
+from sampler import Gallery, guided_velocity, recipe_of, roll_out, sigma_grid
+
+# ================================================================== settings and recipes
 
 @dataclasses.dataclass
-class Settings:
-    # what to train
+class Settings(CommonSettings):
+    # what to train on
     model: str = option(
         "tiny", "tiny, sd3-medium, sd3.5-medium, sd3.5-large, a pipeline folder or a hub id")
-    out: str = option(None, "run folder (default: runs/MODEL-stage1)")
-    prompts: str = option(
-        None, "file of prompts; without it the world's captions or a built-in grammar [ours]")
-    random_weights: bool = option(
-        False, "build the base model without its weights, to try a machine")
-    resolution: int = option(None, "pixels of a side; the preset's own without it",
-                             low=16, high=4096)
+    prompts: str = option(None, "file of prompts; without it the built-in ones")
+    pool: int = option(None, "how many of the prompts to encode and train on", low=1, high=10**6)
+    resolution: int = option(None, "pixels of a side (default: the model's own)", low=16, high=4096)
     # the method
     steps: int = option(2, "student steps N [paper]", low=1, high=100)
-    alpha: float = option(
-        None, "guidance only where sigma <= alpha [paper, second hand: 0.94; official 0.96]; "
-        "1 = everywhere: plain DMD", low=0, high=1)
-    guidance: float = option(None, "teacher guidance w [paper 7; tiny 4, ours]", low=1, high=100)
+    alpha: float = option(None, "teacher guidance only where sigma <= alpha; 1 = everywhere, which "
+                          "is plain DMD", low=0, high=1)
+    guidance: float = option(None, "the teacher's guidance w", low=1, high=100)
     importance: str = option("official", "curve of the student's re-noise level",
                              choices=("official", "paper", "uniform"))
-    form: str = option(
-        "window", "match inside the step's window [official], or x0 re-noised [paper's figure]",
-        choices=("window", "x0"))
-    normaliser: str = option(
-        "sample", "loss normaliser per sample [ours] or image column [official]",
-        choices=("sample", "column"))
-    distance: str = option("mse", "plain score difference [ours], or pseudo-Huber [official]",
-                           choices=("mse", "huber"))
+    form: str = option("window", "match inside the step's window [official], or x0 re-noised to "
+                       "any level [paper's figure]", choices=("window", "x0"))
+    loss: str = option("ours", "plain score difference, one normaliser a sample [ours], or "
+                       "pseudo-Huber, one an image column [official]", choices=("ours", "official"))
     # optimisation
-    iterations: int = option(None, "iterations [official 500; tiny 220, ours]", low=1, high=999_999)
-    batch_size: int = option(None, "global batch [official 64; tiny 32, ours]", low=1, high=65536)
-    accumulation: int = option(1, "micro-batches one after the other, to save memory",
-                               low=1, high=65536)
-    student_lr: float = option(None, "learning rate [official 5e-6; tiny 1e-4, ours]",
-                               above=0, high=1)
-    fake_lr: float = option(None, "learning rate [official 4e-5; tiny 4e-4, ours]", above=0, high=1)
-    gradient_checkpointing: bool = option(
-        False, "recompute blocks in backward: less memory, a third more time")
-    seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
-    # the run
-    checkpoint_every: int = option(None, "iterations between checkpoints [official 50]", low=1)
-    sample_every: int = option(50, "iterations between sample grids [ours]", low=1)
-    log_every: int = option(5, "iterations between lines of metrics.jsonl [ours]", low=1)
-    device: str = option(None, "where to run (default: the fastest there is)",
-                         choices=("cpu", "cuda", "mps"))
-    dry_run: bool = option(False, "print the resolved settings and the memory plan and stop")
-    overwrite: bool = option(False, "start again although the run folder holds a run")
-    debug: bool = option(False, "show tracebacks")
+    iterations: int = option(None, "iterations", low=1, high=999_999)
+    batch_size: int = option(None, "global batch B", low=1, high=65536)
+    student_lr: float = option(None, "learning rate of the student", above=0, high=1)
+    fake_lr: float = option(None, "learning rate of the fake score", above=0, high=1)
 
 
-BETAS = (0.0, 0.999)                    # [official]; [paper, second hand] too
-WEIGHT_DECAY = 1e-4                     # [official]
-CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0      # [official] hard-coded there
+# Two recipes, side by side. Every option above whose default is None takes its value from here.
+TINY = dict(                    # [ours] all by trial, so that a laptop does it in two minutes
+    iterations=220,
+    batch_size=32,
+    student_lr=1e-4,
+    fake_lr=4e-4,
+    alpha=0.94,
+    guidance=4.0,               # amplifies a caption's usual scene as w = 7 does for real models
+    pool=24,                    # all captions of the miniature world
+    checkpoint_every=100,
+    sample_every=50,
+)
+SD3 = dict(
+    iterations=500,             # [official]
+    batch_size=64,              # [official] 8 GPUs × 8
+    student_lr=5e-6,            # [official]
+    fake_lr=4e-5,               # [official] faster than the student, which it has to follow
+    alpha=0.94,                 # [paper, second hand]; [official] 0.96
+    guidance=7.0,               # [official]; [paper, second hand] too
+    pool=2048,                  # [ours] 2.7 MB of host memory each; [official] 100 000
+    checkpoint_every=50,        # [official]
+    sample_every=50,            # [ours]
+)
+BETAS = (0.0, 0.999)            # [official]; [paper, second hand] too
+WEIGHT_DECAY = 1e-4             # [official]
+CLIP_STUDENT = 2.0              # [official] largest gradient norm
+CLIP_FAKE = 1.0                 # [official]
 
 
 def resolve(settings):
-    """Fills what was not given from the preset, checks what belongs together.
-    Returns (settings, preset)."""
-    from model import find_preset
+    """Fills in what was not given, checks what belongs together, before anything is loaded. Returns
+    the preset, the shape [C, H, W] of a latent and the texts of the prompts."""
     preset = find_preset(settings.model)
-    for field in dataclasses.fields(settings):
-        if getattr(settings, field.name) is None and hasattr(preset, field.name):
-            setattr(settings, field.name, getattr(preset, field.name))
+    fill_in(settings, TINY if preset.captions == "tiny" else SD3)
     settings.out = settings.out or f"runs/{settings.model.strip('/').split('/')[-1]}-stage1"
     check_batch(settings)
-    return settings, preset
+    pick_device(settings.device)
+    texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
+    if settings.dry_run and preset.architecture:                # planned without a download
+        config, factor = preset.architecture, 8
+    else:
+        config, factor = check_base(preset), vae_factor(preset)
+    side = config["sample_size"]
+    if settings.resolution:
+        unit = factor * config["patch_size"]                    # pixels of an image token's side
+        largest = unit * config["pos_embed_max_size"]
+        if settings.resolution % unit or settings.resolution > largest:
+            raise UserError(f"--resolution {settings.resolution} is not a multiple of {unit} up to "
+                            f"{largest}")
+        side = settings.resolution // factor
+    return preset, (config["in_channels"], side, side), texts
 
 
-@partial(command, several=True)
+# ================================================================== the two turns of an iteration
+
+def fake_score_turn(fake_score, batch, sigmas, form):
+    """The fake score's loss, a scalar (paper, Stage I): flow matching on the student's samples.
+
+    batch is draw_batch's with the student's path in it; sigmas [N + 1] its grid.
+    """
+    prompt, sigma = (batch["embeds"], batch["pooled"]), batch["sigma_fake"]
+    k = batch["k_fake"]                                         # B, each sample's own step
+    x_k = at_step(batch["latents"], k)                          # B×C×H×W
+    v_k = at_step(batch["velocities"], k)                       # B×C×H×W
+    _, sigma_end = window(k, sigmas, form)                      # B
+
+    # The student's answer at step k is the guess x̂0. Its sample at the end of the step, σ_k+1, lies
+    # on the line from x_k to x̂0.
+    x0 = x0_from_velocity(x_k, sigmas[k], v_k)
+    p = euler(x_k, v_k, sigmas[k], sigma_end)
+    # Fresh noise brings p from σ_k+1 up to a level σ inside the step's window. (Not from 0: the
+    # teacher will be asked about the student's intermediate sample, which is at σ_k+1.)
+    x = renoise(p, sigma_end, sigma, batch["noise_fake"])
+    # The fake score learns which velocity leads from there to x̂0. So it comes to know where the
+    # student goes from each noise level, as the teacher knows it of real pictures.
+    # It is never guided [official]: it shall describe the student's samples as they are.
+    v = velocity(fake_score, x, sigma, prompt)
+    return fake_score_loss(v, x, x0, sigma)
+
+
+def student_turn(student, teacher, fake_score, batch, uncond, sigmas, settings):
+    """The student's loss, a scalar, and the gap |v_teacher − v_fake| of each sample, [B] (paper,
+    Stage I). batch as in fake_score_turn; uncond is the empty prompt B times."""
+    prompt, sigma = (batch["embeds"], batch["pooled"]), batch["sigma_student"]
+    k = batch["k_student"]                                      # B, drawn independently [official]
+    x_k = at_step(batch["latents"], k)                          # B×C×H×W
+    _, sigma_end = window(k, sigmas, settings.form)             # B
+
+    # The student's step k once more, this time with gradient: p is its sample at σ_k+1.
+    v = velocity(student, x_k, sigmas[k], prompt)
+    p = euler(x_k, v, sigmas[k], sigma_end)                     # B×C×H×W
+
+    # Two networks judge the same re-noised sample, without gradient. Each takes one step from σ
+    # back to σ_k+1: p_teacher is where real pictures lie, p_fake where the student's own samples
+    # lie.
+    with torch.no_grad():
+        x = renoise(p, sigma_end, sigma, batch["noise_student"])
+        v_teacher = guided_velocity(teacher, x, sigma, prompt, uncond, settings.guidance,
+                                    settings.alpha)             # Eq. 4: no guidance where σ > α
+        v_fake = velocity(fake_score, x, sigma, prompt)
+        p_teacher = euler(x, v_teacher, sigma, sigma_end)
+        p_fake = euler(x, v_fake, sigma, sigma_end)
+        gap = (v_teacher - v_fake).abs().mean((1, 2, 3))        # B
+
+    # Their difference is the direction in which the student's distribution has to move.
+    loss = dmd_loss_official if settings.loss == "official" else dmd_loss
+    return loss(p, p_teacher, p_fake), gap
+
+
+def at_step(path, k):
+    """Each sample's entry at its own step: path [steps, B, C, H, W], k [B] → [B, C, H, W]."""
+    return path[k, torch.arange(len(k), device=path.device)]
+
+
+def draw_batch(i, settings, shape, sigmas, texts):
+    """Everything random of iteration i, on the CPU, for the whole batch: {name: tensor [B, ...]}.
+
+    It depends on (seed, i) alone. So a resumed run, another device and another number of processes
+    see the same numbers.
+    """
+    B, N = settings.batch_size, settings.steps
+    g = rng(settings.seed, i, "train")
+    batch = {"noise": torch.randn(B, *shape, generator=g)}      # where the roll-out starts
+    # Which step the fake score looks at (uniformly), and to which level its sample is re-noised:
+    # uniformly over the grid inside the window [official].
+    k = torch.randint(N, (B,), generator=g)
+    batch["k_fake"] = k
+    batch["sigma_fake"] = draw_sigma(torch.rand(B, generator=g), *window(k, sigmas, settings.form),
+                                     importance_curve("uniform"))
+    batch["noise_fake"] = torch.randn(B, *shape, generator=g)
+    # The same for the student, drawn independently, its level by the importance curve [official].
+    k = torch.randint(N, (B,), generator=g)
+    batch["k_student"] = k
+    batch["sigma_student"] = draw_sigma(torch.rand(B, generator=g),
+                                        *window(k, sigmas, settings.form),
+                                        importance_curve(settings.importance))
+    batch["noise_student"] = torch.randn(B, *shape, generator=g)
+    batch["prompt"] = torch.randint(len(texts), (B,), generator=rng(settings.seed, i, "prompts"))
+    return batch
+
+
+# ================================================================== the script
+
+@functools.partial(command, several=True)
 def main(argv):
-    settings, preset = resolve(
-        parse_settings(Settings, argv, "train_stage1.py", __doc__.split("\n\n")[0]))
-    import torch
-    from tqdm import tqdm
-
-    from losses import (dmd_loss, draw_sigma, euler, fake_score_loss, importance_curve,
-                        renoise, window, x0_from_velocity)
-    from model import (Decoder, PromptBook, check_base, choose_prompts, load_transformer,
-                       pick_device, place, save_transformer, vae_config, vae_factor, velocity)
-    from sampler import Gallery, guided_velocity, recipe_of, roll_out, sigma_grid
-
-    # ================================================================== set up
-    device = pick_device(settings.device)
-    prompts = choose_prompts(preset, settings.prompts)
-    offline = settings.random_weights or settings.dry_run       # real weights cannot be had
-    config = check_base(preset, offline)
-    factor = vae_factor(vae_config(preset, offline))
+    settings = parse_settings(Settings, argv, "train_stage1.py", __doc__.split("\n\n")[0])
+    preset, shape, texts = resolve(settings)
     resolved = dataclasses.asdict(settings)
-    print("\n".join(f"  {key:24}{value}" for key, value in resolved.items()))
-    unit = factor * config["patch_size"]                        # pixels of an image token's side
-    largest = unit * config["pos_embed_max_size"]
-    if settings.resolution and (settings.resolution % unit or settings.resolution > largest):
-        raise UserError(f"--resolution {settings.resolution} is not a multiple of {unit} up to "
-                        f"{largest}")
-    side = settings.resolution // factor if settings.resolution else config["sample_size"]
-    B, N, shape = settings.batch_size, settings.steps, (config["in_channels"], side, side)
+    print("\n".join(f"  {name:24}{value}" for name, value in resolved.items()))
     if settings.dry_run:
-        from plan import plan
-        print(plan(1, preset, config, settings, shape, N))
+        from tools.plan import plan
+        print(plan(1, preset, settings, shape))
         return
+    device = pick_device(settings.device)
+    join_processes(device)
     resolved["device"] = str(device)
-    resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    world = World(device)
-    run = Run(settings.out, resolved, settings.overwrite, world)
+    resolved["prompts_sha256"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    run = Run(settings.out, resolved, settings.overwrite)
     if run.finished(settings.iterations):
         return
 
-    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
-    teacher, student, fake_score = (
-        place(load_transformer(preset, dtype, settings.random_weights), device, world)
-        for dtype in (frozen, torch.float32, torch.float32))
+    # ------------------------------------------------------------- three networks, one base
+    prompts = Prompts(preset, texts, device)                    # frees the text encoders again
+    teacher = place(load_transformer(preset, frozen_dtype(device)), device)
+    student = place(load_transformer(preset), device)
+    fake_score = place(load_transformer(preset), device)
     teacher.requires_grad_(False)
-    decode = Decoder(preset, device, settings.random_weights)
+    decode = Decoder(preset, device)                            # for the sample grids only
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
+    adamw = functools.partial(torch.optim.AdamW, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     networks = {"student": student, "fake_score": fake_score}
-    optimizers = {name: torch.optim.AdamW(networks[name].parameters(), lr=lr, betas=BETAS,
-                                          weight_decay=WEIGHT_DECAY, fused=True)
-                  for name, lr in (("student", settings.student_lr),
-                                   ("fake_score", settings.fake_lr))}
+    optimizers = {"student": adamw(student.parameters(), lr=settings.student_lr),
+                  "fake_score": adamw(fake_score.parameters(), lr=settings.fake_lr)}
 
-    start = run.restore(networks, optimizers)
+    start = run.restore(networks, optimizers)                   # 0, or where a run was interrupted
+    recipe = recipe_of(preset, 1, settings.steps, settings.alpha, settings.guidance, shape,
+                       settings.resolution)
     recipe_file = run.folder / "distill.json"
-    recipe = recipe_of(preset, 1, N, settings.alpha, settings.guidance, shape, settings.resolution,
-                       settings.random_weights)
-    if world.first and not recipe_file.exists():
+    if first() and not recipe_file.exists():
         write_json(recipe_file, recipe)
-    sigmas = sigma_grid(N)                                      # N + 1 levels, 1 … 0
-    curves = {"fake": importance_curve("uniform"), "student": importance_curve(settings.importance)}
-
-    def drawn_prompts(i):                                       # this process's share of B
-        return world.share([prompts[j] for j in torch.randint(
-            len(prompts), (B,), generator=rng(settings.seed, i, "prompts"))])
-
+    sigmas = sigma_grid(settings.steps)                         # N + 1 levels, 1 … 0, on the CPU
+    levels = sigmas.to(device)                                  # the same where the networks are
     gallery = Gallery(preset, prompts)
-    book = PromptBook(preset, device, drawn_prompts, settings.iterations, keep=gallery.prompts,
-                      random_weights=settings.random_weights)
 
-    # ================================================================== train
-    begun, patience = time.perf_counter(), Patience(run)
+    # ------------------------------------------------------------- train
+    begun = time.perf_counter()
     bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
-               desc="stage 1", disable=not world.first)
+               desc="stage 1", disable=not first())
     for i in bar:
-        # Everything random of this iteration, for the whole batch, from (seed, i) alone;
-        # each process keeps its share of it, in micro-batches.
-        g = rng(settings.seed, i, "train")
-        draws = {"noise": torch.randn(B, *shape, generator=g)}
-        for who in ("fake", "student"):                         # drawn independently [official]
-            k = torch.randint(N, (B,), generator=g)             # the step, uniformly
-            high, low = window(k, sigmas, settings.form)        # levels of its window
-            draws |= {f"k_{who}": k, f"low_{who}": low, f"sigma_k_{who}": sigmas[k],
-                      f"sigma_{who}": draw_sigma(torch.rand(B, generator=g), high, low,
-                                                 curves[who]),
-                      f"noise_{who}": torch.randn(B, *shape, generator=g)}
-        draws = {key: world.share(value) for key, value in draws.items()}
-        draws["embeds"], draws["pooled"] = book(i)
-        micros = [dict(zip(draws, part, strict=True)) for part in
-                  zip(*(value.to(device).chunk(settings.accumulation) for value in draws.values()),
-                      strict=True)]
-        each = torch.arange(len(micros[0]["noise"]), device=device)
+        batch = draw_batch(i, settings, shape, sigmas, texts)
+        parts = load_batch(batch, prompts, device, settings.accumulation)
 
-        # ---- 1. roll out: the student's own path, without gradient (paper, Stage I)
-        with torch.no_grad():
-            for m in micros:
-                m["prompt"] = m["embeds"], m["pooled"]
-                latents, velocities = roll_out(student, m["noise"], m["prompt"], sigmas)
-                m["x"], m["v"] = (torch.stack(latents),                   # N+1×B×C×H×W
-                                  torch.stack(velocities))                # N×B×C×H×W
+        # ---- 1. roll out: the student's own path; 2. the fake score follows it
+        for part in parts:
+            add_path(part, student, sigmas)
+            loss = fake_score_turn(fake_score, part, levels, settings.form)
+            (loss / len(parts)).backward()                      # mean of parts = mean of the batch
+            part["loss_fake"] = loss.detach()
+        norm_fake = clip_and_step([optimizers["fake_score"]], CLIP_FAKE)
 
-        # ---- 2. fake score: flow matching on the student's samples; never guided [official]
-        for m in micros:
-            k, low, sigma = m["k_fake"], m["low_fake"], m["sigma_fake"]   # B
-            x_k, v_k = m["x"][k, each], m["v"][k, each]                   # B×C×H×W
-            x0 = x0_from_velocity(x_k, m["sigma_k_fake"], v_k)
-            p = euler(x_k, v_k, m["sigma_k_fake"], low)                   # at the window's low end
-            x = renoise(p, low, sigma, m["noise_fake"])
-            m["loss_fake"] = fake_score_loss(velocity(fake_score, x, sigma, m["prompt"]),
-                                             x, x0, sigma)
-            (m["loss_fake"] / len(micros)).backward()
-        norm_fake = update([optimizers["fake_score"]], CLIP_FAKE)
+        # ---- 3. the student moves along teacher minus fake score
+        for part in parts:
+            uncond = prompts.uncond(len(part["noise"]))
+            loss, part["gap"] = student_turn(student, teacher, fake_score, part, uncond, levels,
+                                             settings)
+            (loss / len(parts)).backward()
+            part["loss_student"] = loss.detach()
+        norm_student = clip_and_step([optimizers["student"]], CLIP_STUDENT)
 
-        # ---- 3. student: one step with gradient, pulled along teacher − fake score
-        for m in micros:
-            k, low, sigma = m["k_student"], m["low_student"], m["sigma_student"]
-            x_k = m["x"][k, each]
-            p = euler(x_k, velocity(student, x_k, m["sigma_k_student"], m["prompt"]),
-                      m["sigma_k_student"], low)
-            with torch.no_grad():
-                x = renoise(p, low, sigma, m["noise_student"])
-                # Conditional and unconditional pass, always both: one that only some
-                # processes need would hang the others (deviation 6).
-                v_real = guided_velocity(teacher, x, sigma, m["prompt"], book.uncond(len(x)),
-                                         settings.guidance, settings.alpha)            # Eq. 4
-                v_fake = velocity(fake_score, x, sigma, m["prompt"])
-            m["loss_student"] = dmd_loss(
-                p, euler(x, v_real, sigma, low), euler(x, v_fake, sigma, low),
-                settings.normaliser, settings.distance)
-            (m["loss_student"] / len(micros)).backward()
-            m["gap"] = (v_real - v_fake).abs().mean((1, 2, 3))            # B
-        norm_student = update([optimizers["student"]], CLIP_STUDENT)
-
-        # ================================================================== log, show, save
-        done, last, stop = i + 1, i + 1 == settings.iterations, world.any(run.interrupted)
-        patience.check(done, {"fake_score": norm_fake, "student": norm_student}, ", ".join(
-            f"sigma of the {who} {draws[f'sigma_{who}'].min():.3f}…"
-            f"{draws[f'sigma_{who}'].max():.3f}"
-            for who in ("fake", "student")))
+        # ---- log, show, save
+        done, last, stop = i + 1, i + 1 == settings.iterations, run.stopping()
+        run.check_finite(done, fake_score=norm_fake, student=norm_student)
         if done % settings.log_every == 0 or last:
-            gap, sigma, x0 = (world.gather(torch.cat(part)) for part in zip(
-                *((m["gap"], m["sigma_student"], m["x"][-1]) for m in micros), strict=True))
-            metrics = {"loss_fake": sum(m["loss_fake"].item() for m in micros) / len(micros),
-                       "loss_student": sum(m["loss_student"].item() for m in micros) / len(micros),
-                       "grad_norm_fake": norm_fake, "grad_norm_student": norm_student,
-                       # |teacher − fake score| by re-noise level (README: what to expect)
-                       **{f"gap_{a}_{b}": gap[(sigma > a) & (sigma <= b)].mean()
-                          for a, b in ((0, 0.5), (0.5, 0.75), (0.75, 0.94), (0.94, 1))},
-                       "x0_mean": x0.mean(), "x0_std": x0.std(),
-                       "saturation": (x0.abs() > 4).float().mean(),
-                       "diversity": x0.std(0).mean(), "seconds": time.perf_counter() - begun}
-            metrics = run.log(done, **metrics)
-            bar.set_postfix(fake=f"{metrics['loss_fake']:.3f}", gap=f"{gap.mean():.3f}",
-                            std=f"{metrics['x0_std']:.2f}", grad=f"{norm_student:.2f}",
-                            refresh=False)
+            metrics = measure(parts)
+            metrics["grad_norm_fake"], metrics["grad_norm_student"] = norm_fake, norm_student
+            run.log(done, **metrics, seconds=time.perf_counter() - begun)
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN}, refresh=False)
         if done % settings.sample_every == 0 or last:
-            gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
-                         shape, sigmas)
+            gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
+                         sigmas)
         if done % settings.checkpoint_every == 0 or last or stop:
             run.save(done, networks, optimizers)
         if stop and not last:
             bar.close()
-            print(f"stopped after iteration {done}, saved; type the same command again to go on")
-            raise SystemExit(130)
+            run.leave(done)
 
-    # ================================================================== the result
+    # ------------------------------------------------------------- the result
     save_transformer(student, run.folder / "student", half=preset.captions != "tiny")
-    if world.first:
+    if first():
         write_json(recipe_file, recipe | {"iteration": settings.iterations})
-    print(f"{run.folder}/student: {N} steps, {time.perf_counter() - begun:.0f} s; look at "
-          f"{run.folder}/samples/step_{settings.iterations:06d}.png")
+    seconds = time.perf_counter() - begun
+    print(f"{run.folder}/student: {settings.steps} steps, {seconds:.0f} s; "
+          f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
+
+
+SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics, in the bar
+
+
+def load_batch(batch, prompts, device, accumulation):
+    """This process's share of a batch, on the device, with its prompts, in micro-batches."""
+    mine = {name: share(values).to(device) for name, values in batch.items()}
+    mine["embeds"], mine["pooled"] = prompts.take(mine.pop("prompt").cpu())
+    return micro_batches(mine, accumulation)
+
+
+@torch.no_grad()
+def add_path(part, student, sigmas):
+    """The student's own path from the part's noise, without gradient (paper, Stage I): training
+    happens on the latents that the student meets itself, not on noised data."""
+    prompt = part["embeds"], part["pooled"]
+    latents, velocities, _ = roll_out(student, part["noise"], prompt, sigmas)
+    part["latents"] = torch.stack(latents)                      # N+1×B×C×H×W
+    part["velocities"] = torch.stack(velocities)                # N×B×C×H×W
+
+
+def measure(parts):
+    """What diagnoses a run, of the first process's share (README: what you see while it trains)."""
+    gap = torch.cat([part["gap"] for part in parts])            # B
+    sigma = torch.cat([part["sigma_student"] for part in parts])
+    x0 = torch.cat([part["latents"][-1] for part in parts])     # B×C×H×W
+    metrics = {"gap": gap.mean().item()}
+    for name in ("loss_fake", "loss_student"):
+        metrics[name] = sum(part[name].item() for part in parts) / len(parts)
+    # |v_teacher − v_fake| by re-noise level. Above α it starts small: nobody is guided there.
+    for low, high in ((0, 0.5), (0.5, 0.75), (0.75, 0.94), (0.94, 1)):
+        metrics[f"gap_{low}_{high}"] = gap[(sigma > low) & (sigma <= high)].mean().item()
+    metrics["x0_mean"] = x0.mean().item()
+    metrics["x0_std"] = x0.std().item()                         # the data's is 1
+    metrics["saturation"] = (x0.abs() > 4).float().mean().item()
+    metrics["diversity"] = x0.std(0).mean().item()              # over the batch, of all captions
+    return metrics
 
 
 if __name__ == "__main__":
