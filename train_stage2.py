@@ -2,472 +2,416 @@
 
     python train_stage2.py                        # continues runs/tiny-stage1, minutes on a CPU
     python train_stage2.py --cached-blocks none   # the paper's "SFD": no cache, any number of steps
+    torchrun --nproc-per-node 8 train_stage2.py --model sd3.5-large
 
-The first step runs in full and without gradient, and records Δ0 (cache.py). The second skips the
-cached blocks, adds f(Δ0) in their place, and is the one that learns: student and f together,
-against a discriminator that looks at decoded pictures (paper, Stage II and cache figure; official
-train_stage2). What it calls real are synthetic references from the same prompt and noise, so no
-outside image is needed. Iterations count optimiser steps, two of the discriminator for one of the
-generator. Before them (ours) f alone is fitted to the full second step, deviation 9, then student
-and f are matched to the teacher as in Stage I but on the cached path, deviation 14. Dimension key:
-B batch, C latent channels, H W latent size.
+Step one runs in full and without gradient; it records Δ0 (cache.py). Step two skips the cached
+blocks, adds f(Δ0) in their place, and is the one that learns: student and f together, against a
+discriminator that looks at decoded pictures (paper, Stage II and cache figure; official
+train_stage2). What it calls real are references: synthetic pictures of the same prompt and noise,
+so no outside image is needed. The order of the script:
+  1. references   made once, by the teacher
+  2. turns        50 of the discriminator D alone, then two of D for one of the generator G; an
+                  iteration is one turn, as in the official code
+  warm-up         in the first iterations G's turns move f alone, then student and f
+
+Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],
+pictures [B, 3, 8H, 8W] (tiny: 4H, 4W) in [0, 1].
 """
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
-import math
 import time
-from functools import partial
 from pathlib import Path
 
-from run import (Patience, Run, UserError, World, check_batch, command, newest_checkpoint, option,
-                 parse_settings, processes, put_back, rng, save_whole, update, write_json)
-from train_stage1 import BETAS as MATCH_BETAS
-from train_stage1 import CLIP_FAKE
+from run import (CommonSettings, Run, UserError, check_batch, clip_and_step, command, fill_in,
+                 first, gather, join_processes, load_file, micro_batches, option, parse_settings,
+                 processes, rng, save_file, save_whole, share, write_json)
 
+import torch
+from tqdm import tqdm
+
+from cache import make_compensation, nfe
+from losses import discriminator_loss, euler, generator_loss
+from model import (Decoder, Discriminator, Prompts, add_lora, check_base, choose_prompts,
+                   draw_pool, find_preset, frozen_dtype, load_transformer, parse_span, pick_device,
+                   place, save_transformer)
+from sampler import (Gallery, cached_velocity, image_noise, load_scheduler, load_student,
+                     read_recipe, recipe_of, roll_out, sample_guided, sigma_grid, teacher_sigmas)
+
+# ================================================================== settings and recipes
 
 @dataclasses.dataclass
-class Settings:
-    # what to train
+class Settings(CommonSettings):
+    # what to train on
     model: str = option("tiny", "tiny, sd3-medium, sd3.5-medium, sd3.5-large, a folder or a hub id")
     init: str = option(None, "Stage I run to start from (default: runs/MODEL-stage1)")
+    prompts: str = option(None, "file of prompts; without it the built-in ones")
+    pool: int = option(None, "how many of the prompts to encode and train on", low=1, high=10**6)
+    # the method
+    cached_blocks: str = option(None, "span of skipped blocks, first-last, or none")
+    no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
+    warmup: int = option(None, "iterations in which G's turns move f alone", low=0)
     reference: str = option("teacher", "who makes the references: the teacher guided with alpha "
                             "[ours], or a Stage I run with more steps [official: 4]")
-    out: str = option(None, "run folder (default: runs/MODEL-stage2)")
-    prompts: str = option(None, "file of prompts; without it as in Stage I")
-    random_weights: bool = option(False, "build the base model and the discriminator's backbone "
-                                  "without their weights, to try a machine")
-    # the method
-    cached_blocks: str = option(None, "span of skipped blocks, first-last, or none, then without "
-                                "fit and match [official 2-7: 1.75 NFE; ours 2-9: 1.67]")
+    references: int = option(768, "reference pictures R, made once and kept [ours]",
+                             low=1, high=10**7)
     lora_rank: int = option(None, "train LoRA of this rank, merged at the end [official 64]; "
                             "without it all weights", low=1, high=4096)
-    no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
-    fit_iterations: int = option(None, "steps that fit f first, cached step to full step [ours]",
-                                 low=0)
-    match_iterations: int = option(None, "after that, turns of Stage I's losses on the cached "
-                                   "path, of fake score and student [ours]", low=0)
-    unconditional: bool = option(False, "do not tell the discriminator the caption [official]")
-    warmup: int = option(None, "iterations in which G's turns move f alone "
-                         "[paper, second hand: 500]",
-                         low=0)
-    references: int = option(768, "reference pictures, made once and kept [ours]", low=1,
-                             high=10**7)
     # optimisation
-    iterations: int = option(None, "optimiser steps, D and G together, after fit and "
-                             "match [official 4000]", low=0, high=999_999)
-    batch_size: int = option(None, "global batch [official 32]", low=1, high=65536)
-    accumulation: int = option(1, "micro-batches one after the other, to save memory",
-                               low=1, high=65536)
-    student_lr: float = option(None, "of the adversarial turns [official 1e-5, of LoRA]", above=0,
-                               high=1)
-    compensation_lr: float = option(None, "of f [official 1e-3; tiny 1e-4, ours]", above=0, high=1)
-    fit_lr: float = option(1e-3, "of f during the fit [ours]", above=0, high=1)
-    match_lr: float = option(None, "of the student in the match [Stage I's]", above=0, high=1)
-    fake_lr: float = option(None, "of the fake score in the match [Stage I's]", above=0, high=1)
-    discriminator_lr: float = option(None, "of the heads [official 1e-5; tiny 2e-3, ours]", above=0,
-                                     high=1)
-    gradient_checkpointing: bool = option(False, "recompute blocks, of the VAE too, in "
-                                          "backward: less memory, more time")
-    seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
-    # the run
-    checkpoint_every: int = option(None, "iterations between checkpoints [official 100]", low=1)
-    sample_every: int = option(200, "iterations between sample grids [ours]", low=1)
-    log_every: int = option(10, "iterations between lines of metrics.jsonl [ours]", low=1)
-    device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
-    dry_run: bool = option(False, "print the resolved settings and the memory plan and stop")
-    overwrite: bool = option(False, "start again although the run folder holds a run")
-    debug: bool = option(False, "show tracebacks")
+    iterations: int = option(None, "turns, D's and G's together", low=0, high=999_999)
+    batch_size: int = option(None, "global batch B", low=1, high=65536)
+    student_lr: float = option(None, "learning rate of the student", above=0, high=1)
+    compensation_lr: float = option(None, "learning rate of f", above=0, high=1)
+    discriminator_lr: float = option(None, "learning rate of the heads", above=0, high=1)
 
 
-BETAS = (0.9, 0.95)                     # [official] all three; [paper, second hand] too
-WEIGHT_DECAY = 1e-4                     # [official]
-CLIP = 2.0                              # [official] student and f jointly; D is not clipped
-D_ONLY, D_PER_G = 50, 2                 # [official] discriminator alone at first, then 2 D : 1 G
+# Two recipes, side by side. Every option above whose default is None takes its value from here; the
+# span belongs to the base model (model.PRESETS).
+TINY = dict(                    # [ours] all by trial, so that a laptop does it in three minutes
+    iterations=700,
+    batch_size=32,
+    student_lr=1e-5,
+    compensation_lr=1e-4,       # at 1e-3 f itself collapses the scenes
+    discriminator_lr=2e-3,      # the miniature's heads have 1/500 of the turns to learn in
+    warmup=200,
+    pool=24,                    # all captions of the miniature world
+    checkpoint_every=300,
+    sample_every=200,
+)
+SD3 = dict(
+    iterations=4000,            # [official] D and G together
+    batch_size=32,              # [official] 8 GPUs × 1 × accumulation 4
+    student_lr=1e-5,            # [official] for LoRA
+    compensation_lr=1e-3,       # [official]
+    discriminator_lr=1e-5,      # [official]
+    warmup=500,                 # [paper, second hand]; [official] 1000
+    pool=2048,                  # [ours] 2.7 MB of host memory each; [official] 100 000
+    checkpoint_every=100,       # [official]
+    sample_every=200,           # [ours]
+)
+BETAS = (0.9, 0.95)             # [official] all three; [paper, second hand] too
+WEIGHT_DECAY = 1e-4             # [official]
+CLIP = 2.0                      # [official] largest gradient norm of student and f jointly; D: none
+D_ONLY = 50                     # [official] turns of the discriminator alone at first
+D_PER_G = 2                     # [official] then so many of its turns for one of the generator
 
-TURNS = {                               # whose turn it is: (who learns, what is logged)
-    "fit": (("compensation",), ("fit", "norm_f")),
-    "fake score": (("fake_score",), ("loss_fake", "norm_fake")),
-    "match": (("student", "compensation"), ("loss_match", "norm_match")),
-    "discriminator": (("discriminator",), ("loss_d", "norm_d", "d_ranks")),
-    "generator": (("student", "compensation"), ("loss_g", "norm_g"))}
+
+def turn_of(i):
+    """Whose turn iteration i is [official]: 50 of the discriminator, then 2 D : 1 G."""
+    if i >= D_ONLY and i % (D_PER_G + 1) == 0:
+        return "generator"
+    return "discriminator"
 
 
 def resolve(settings):
-    """Fills what was not given from the preset, checks what belongs together."""
-    from model import find_preset
+    """Fills in what was not given, checks what belongs together, before anything is loaded. Returns
+    the preset, the recipe of the Stage I run, the span (n, m) or None, and the texts of the
+    prompts.
+    """
     preset = find_preset(settings.model)
-    for field in dataclasses.fields(settings):
-        if getattr(settings, field.name) is None:
-            value = getattr(preset, f"stage2_{field.name}", getattr(preset, field.name, None))
-            setattr(settings, field.name, value)
+    fill_in(settings, TINY if preset.captions == "tiny" else SD3)
+    fill_in(settings, {"cached_blocks": preset.cached_blocks})
     short = settings.model.strip("/").split("/")[-1]
     settings.init = settings.init or f"runs/{short}-stage1"
     settings.out = settings.out or f"runs/{short}-stage2"
     if settings.cached_blocks == "none" or settings.no_compensation:
-        settings.fit_iterations = settings.warmup = 0
-    if settings.cached_blocks == "none":
-        settings.match_iterations = 0
-    if settings.fit_iterations + settings.match_iterations + settings.iterations > 999_999:
-        raise UserError("--fit-iterations, --match-iterations and --iterations are more than "
-                        "999,999 together")
+        settings.warmup = 0                               # there is no f to warm up
     check_batch(settings)
     if settings.references % processes():
         raise UserError(f"--references {settings.references} is not a multiple of "
                         f"{processes()} processes")
-    return settings, preset
+    pick_device(settings.device)
+    texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
 
-
-def turn_of(i, fit, match):
-    """Whose turn iteration i is: `fit` of f first, then `match` of fake score and student, then
-    discriminator or generator as in the official code."""
-    if i < fit:
-        return "fit"
-    if i < fit + match:
-        return ("fake score", "match")[(i - fit) % 2]
-    i -= fit + match
-    return "generator" if i >= D_ONLY and i % (D_PER_G + 1) == 0 else "discriminator"
-
-
-@partial(command, several=True)
-def main(argv):
-    settings, preset = resolve(
-        parse_settings(Settings, argv, "train_stage2.py", __doc__.split("\n\n")[0]))
-    import torch
-    from safetensors.torch import load_file, save_file
-    from tqdm import tqdm
-
-    from cache import BlockCache, make_compensation, nfe, parse_span
-    from losses import (discriminator_loss, dmd_loss, draw_sigma, euler, fake_score_loss, fit_loss,
-                        generator_loss, importance_curve, renoise, x0_from_velocity)
-    from model import (Decoder, Discriminator, PromptBook, check_base, choose_prompts,
-                       load_transformer, pick_device, place, save_transformer, velocity)
-    from sampler import (Gallery, guided_velocity, image_noise, load_scheduler, load_student,
-                         read_recipe, recipe_of, roll_out, sample_guided, sigma_grid,
-                         teacher_sigmas)
-
-    # ================================================================== set up
-    device = pick_device(settings.device)
-    prompts = choose_prompts(preset, settings.prompts)
-    offline = settings.random_weights or settings.dry_run       # real weights cannot be had
-    config = check_base(preset, offline)
-    if settings.dry_run and not Path(settings.init).exists():   # planned before Stage I has run
+    planned = settings.dry_run and preset.architecture    # planned without a download
+    config = preset.architecture if planned else check_base(preset)
+    if settings.dry_run and not Path(settings.init).exists():   # ... and before Stage I has run
+        side = config["sample_size"]
         init = {"base": preset.name, "stage": 1, "steps": 2,
-                "latent_shape": [config["in_channels"], *[config["sample_size"]] * 2]}
+                "latent_shape": [config["in_channels"], side, side]}
     else:
-        init = read_recipe(settings.init, offline)
+        init = read_recipe(settings.init)
     if init["base"] != preset.name:
         raise UserError(f"{settings.init} was distilled from {init['base']}, "
                         f"not from {preset.name}")
     if init["stage"] != 1:
         raise UserError(f"{settings.init} is a run of Stage {init['stage']}; --init takes one of "
                         "Stage I")
-    steps, cached = init["steps"], settings.cached_blocks != "none"
-    span = parse_span(settings.cached_blocks, config["num_layers"]) if cached else None
-    if cached and steps < 2:
-        raise UserError(f"{settings.init} has one step; a cache needs a second one: "
-                        "--cached-blocks none")
     if settings.reference != "teacher":
-        told = read_recipe(settings.reference, settings.random_weights)
-        if told["steps"] <= steps:
+        other = read_recipe(settings.reference)
+        if other["steps"] <= init["steps"]:
             raise UserError(f"--reference {settings.reference} has no more steps than --init "
                             f"{settings.init}; references must be better than the student")
-        if (told["base"], told["latent_shape"]) != (init["base"], init["latent_shape"]):
+        if (other["base"], other["latent_shape"]) != (init["base"], init["latent_shape"]):
             raise UserError(f"--reference {settings.reference} has another base model or picture "
                             f"size than --init {settings.init}")
+    if settings.cached_blocks == "none":
+        return preset, init, None, texts
+    if init["steps"] < 2:
+        raise UserError(f"{settings.init} has one step; a cache needs a second one: "
+                        "--cached-blocks none")
+    return preset, init, parse_span(settings.cached_blocks, config["num_layers"]), texts
+
+
+# ================================================================== the two kinds of turns
+
+def last_step(student, x, prompt, sigmas, span, delta, f):
+    """The student's sample [B, C, H, W], from x at the last but one of sigmas: the step that
+    learns.
+
+    It is the step that inference takes, too: the span skipped, f(Δ0) in its place. A student that
+    were trained on full steps would meet f's small errors for the first time when it is used.
+    """
+    sigma, sigma_end = sigmas[-2].item(), sigmas[-1].item()               # 0.75 and 0
+    v, _ = cached_velocity(student, x, sigma, prompt, span, delta, f)
+    return euler(x, v, sigma, sigma_end)
+
+
+def discriminator_turn(discriminator, picture, reference):
+    """The discriminator's loss, a scalar, and how often it ranks a reference above a picture
+    (paper, Stage II). Both pictures are [B, 3, H, W], without gradient: only the heads learn
+    here."""
+    # One pass for both, so that both are judged by the same weights: spectral norms change a little
+    # with every pass in train mode.
+    logits = discriminator(torch.cat([reference, picture]))               # heads × [2B, places]
+    of_reference = [head[:len(reference)] for head in logits]
+    of_picture = [head[len(reference):] for head in logits]
+    loss = discriminator_loss(of_reference, of_picture)
+    # 0.5 is a blind discriminator, which teaches nothing; near 1 the student has nothing to go by.
+    ranks = [(r > p).float().mean() for r, p in zip(of_reference, of_picture, strict=True)]
+    return loss, torch.stack(ranks).mean()
+
+
+def generator_turn(discriminator, decode, latents):
+    """The generator's loss, a scalar (paper, Stage II): adversarial alone, as in the released
+    config.
+
+    latents [B, C, H, W] are last_step's, with gradient. It flows back from the heads through the
+    frozen backbone and the frozen VAE into step two: into f and into every block that ran there.
+    The skipped blocks get none, and step one gets none.
+    """
+    picture = decode(latents)                                             # B×3×8H×8W
+    return generator_loss(discriminator(picture))
+
+
+def draw_batch(i, settings, chosen, texts):
+    """The numbers of the noises and of the prompts of iteration i, {"noise": [B], "prompt": [B]},
+    for the whole batch. They depend on (seed, i) alone. chosen [R] are the references' prompts."""
+    B, R = settings.batch_size, settings.references
+    g = rng(settings.seed, i, "batch")
+    if turn_of(i) == "discriminator":
+        # Noises 0 … R − 1 have a reference picture: same prompt, same noise (official).
+        noise = torch.randint(R, (B,), generator=g)
+        return {"noise": noise, "prompt": chosen[noise]}
+    # The generator needs no reference. It takes fresh noises, a new one each time, or student and f
+    # would learn the R pairs by heart.
+    noise = torch.arange(R + i * B, R + (i + 1) * B)
+    return {"noise": noise, "prompt": torch.randint(len(texts), (B,), generator=g)}
+
+
+# ================================================================== references, made once
+
+def make_references(settings, preset, init, prompts, chosen, decode, run):
+    """The reference pictures, uint8 [R, 3, 8H, 8W], of training noises 0 … R − 1 (deviation 10).
+
+    The official code makes them anew in every iteration, by a 4-step student that was not released.
+    Here the teacher makes them once, with its 28 steps. It is guided with α as in Stage I, or it
+    would teach the collapse again that Stage I avoided.
+    """
+    device, shape = prompts.device, init["latent_shape"]
+    if settings.reference == "teacher":
+        maker = load_transformer(preset, frozen_dtype(device)).to(device)
+        grid, w = teacher_sigmas(load_scheduler(preset)), init["guidance"]
+    else:
+        other = read_recipe(settings.reference)
+        maker, _, _ = load_student(settings.reference, preset, other, device)
+        maker = maker.to(frozen_dtype(device))
+        grid, w = sigma_grid(other["steps"]), 1.0         # a student is not guided
+    # Not sharded: each process makes its share without waiting for the others.
+    mine = share(torch.arange(settings.references))
+    pictures = []
+    with torch.inference_mode():
+        for images in tqdm(mine.split(128 if preset.captions == "tiny" else 4), desc="references",
+                           disable=not first()):
+            if run.interrupted:
+                raise KeyboardInterrupt
+            x = image_noise(settings.seed, images, shape, "training").to(device)
+            prompt, uncond = prompts.take(chosen[images]), prompts.uncond(len(x))
+            x, _ = sample_guided(maker, x, prompt, uncond, grid, w, init["alpha"])
+            for one in x.split(1):                        # 1024² pictures need much memory
+                pictures.append((decode(one).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+    return gather(torch.cat(pictures))
+
+
+def references_file(settings, preset, init, prompts_sha256):
+    """Where the references lie: beside the run folders, named by all that they depend on, so that
+    runs which differ in something else share them."""
+    about = [preset.source, settings.reference, settings.references, settings.seed, prompts_sha256,
+             init["latent_shape"], init["alpha"], init["guidance"]]
+    maker = Path(preset.source) / "transformer"
+    if settings.reference != "teacher":
+        maker = Path(settings.reference) / "student"
+    for file in sorted(maker.glob("*.safetensors")):      # other weights in the same folder
+        about.append(file.stat().st_mtime_ns)
+    name = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+    return Path(settings.out).parent / f"references-{name}" / "pictures.safetensors"
+
+
+# ================================================================== the script
+
+@functools.partial(command, several=True)
+def main(argv):
+    settings = parse_settings(Settings, argv, "train_stage2.py", __doc__.split("\n\n")[0])
+    preset, init, span, texts = resolve(settings)
     resolved = dataclasses.asdict(settings)
-    print("\n".join(f"  {key:24}{value}" for key, value in resolved.items()))
-    with_lora = (partial(add_lora, rank=settings.lora_rank, seed=settings.seed)
-                 if settings.lora_rank else lambda net: net)
+    print("\n".join(f"  {name:24}{value}" for name, value in resolved.items()))
+    shape, steps = init["latent_shape"], init["steps"]
     if settings.dry_run:
-        from plan import plan
-        print(plan(2, preset, config, settings, init["latent_shape"], steps,
-                   settings.cached_blocks if cached else None, with_lora))
+        from tools.plan import plan
+        print(plan(2, preset, settings, shape, steps, span))
         return
-    resolved |= {"device": str(device),                         # another --init is another run
-                 "started_from": [init[key] for key in ("iteration", "alpha", "guidance")]}
-    resolved["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    world = World(device)
-    run = Run(settings.out, resolved, settings.overwrite, world)
-    before = settings.fit_iterations, settings.match_iterations
-    total = sum(before) + settings.iterations
-    if run.finished(total):
+    device = pick_device(settings.device)
+    join_processes(device)
+    resolved["device"] = str(device)
+    resolved["started_from"] = [init[name] for name in ("iteration", "alpha", "guidance")]
+    resolved["prompts_sha256"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    run = Run(settings.out, resolved, settings.overwrite)
+    if run.finished(settings.iterations):
         return
 
-    student, _ = load_student(settings.init, preset, init, "cpu")
-    learns_f = cached and not settings.no_compensation
-    torch.manual_seed(settings.seed)                            # f's first layer starts at random
-    compensation = make_compensation(student.inner_dim).to(device) if learns_f else None
-    discriminator = Discriminator(
-        preset, None if settings.unconditional else config["pooled_projection_dim"],
-        seed=settings.seed, random_weights=settings.random_weights).to(device)
-    decode = Decoder(preset, device, settings.random_weights, settings.gradient_checkpointing)
+    # ------------------------------------------------------------- student, f, discriminator
+    prompts = Prompts(preset, texts, device)              # frees the text encoders again
+    student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"))
+    torch.manual_seed(settings.seed)                      # f's first layer starts at random
+    f = None
+    if span and not settings.no_compensation:
+        f = make_compensation(student.inner_dim).to(device)
+    discriminator = Discriminator(preset, settings.seed).to(device)
+    decode = Decoder(preset, device, settings.gradient_checkpointing)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    student = place(with_lora(student), device, world)
-    cache = BlockCache(student, span, compensation) if cached else None
+    if settings.lora_rank:
+        add_lora(student, settings.lora_rank, settings.seed)
+    student = place(student, device)
 
     networks = {"student": student, "discriminator": discriminator.heads}
     rates = {"student": settings.student_lr, "discriminator": settings.discriminator_lr}
-    if learns_f:
-        networks["compensation"], rates["compensation"] = compensation, settings.compensation_lr
-    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if settings.match_iterations:
-        teacher = load_transformer(preset, frozen, settings.random_weights).requires_grad_(False)
-        teacher = place(teacher, device, world)
-        fake_score = load_transformer(preset, random_weights=settings.random_weights)
-        if settings.gradient_checkpointing:
-            fake_score.enable_gradient_checkpointing()
-        networks["fake_score"] = place(fake_score, device, world)
-        rates["fake_score"] = settings.fake_lr
-    learning = {name: [p for p in net.parameters() if p.requires_grad]
-                for name, net in networks.items()}
-    optimizers = {name: torch.optim.AdamW(
-        learning[name], lr=rates[name], betas=MATCH_BETAS if name == "fake_score" else BETAS,
-        weight_decay=WEIGHT_DECAY, fused=True) for name in networks}
-    start = run.restore(networks, optimizers)
-    if settings.match_iterations and not start:
-        continue_stage1(settings, networks, optimizers)
+    if f is not None:
+        networks["compensation"], rates["compensation"] = f, settings.compensation_lr
+    optimizers = {}
+    for name, net in networks.items():
+        learning = [p for p in net.parameters() if p.requires_grad]       # with LoRA not all do
+        optimizers[name] = torch.optim.AdamW(learning, lr=rates[name], betas=BETAS,
+                                             weight_decay=WEIGHT_DECAY, fused=True)
+    generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
+    start = run.restore(networks, optimizers)             # 0, or where a run was interrupted
+    recipe = stage2_recipe(settings, preset, init, span, f, len(student.transformer_blocks))
     recipe_file = run.folder / "distill.json"
-    side = init["latent_shape"][1]
-    recipe = recipe_of(preset, 2, steps, init["alpha"], init["guidance"], init["latent_shape"],
-                       side * decode.factor if side != config["sample_size"] else None,
-                       settings.random_weights)
-    recipe["init"] = settings.init
-    if cached:
-        recipe |= {"cached_blocks": settings.cached_blocks, "compensation": learns_f,
-                   "nfe": round(nfe(steps, span, config["num_layers"]), 4)}
-    if world.first and not recipe_file.exists():
+    if first() and not recipe_file.exists():
         write_json(recipe_file, recipe)
-
-    B, R, sigmas = settings.batch_size, settings.references, sigma_grid(steps)
-    shape = init["latent_shape"]                                          # C, H, W
-    curves = {"fake score": importance_curve("uniform"), "match": importance_curve("official")}
-    chosen = [prompts[j] for j in torch.randint(len(prompts), (R,),
-                                                generator=rng(settings.seed, "references"))]
-
-    def batch_of(i):
-        """(noise indices, prompts) of iteration i, this process's share of B: the discriminator's
-        turns take those of references, all others fresh ones, which nobody can learn by heart."""
-        g = rng(settings.seed, i, "batch")
-        if turn_of(i, *before) == "discriminator":
-            pick = torch.randint(R, (B,), generator=g).tolist()
-            texts = [chosen[j] for j in pick]
-        else:
-            pick = range(R + i * B, R + (i + 1) * B)
-            texts = [prompts[j] for j in torch.randint(len(prompts), (B,), generator=g)]
-        return world.share(pick), world.share(texts)
-
+    sigmas = sigma_grid(steps)                            # 1, 0.75, 0
     gallery = Gallery(preset, prompts)
-    book = PromptBook(preset, device, lambda i: batch_of(i)[1], total,
-                      keep=gallery.prompts, random_weights=settings.random_weights)
 
-    # ================================================================== references, made once
-    # Deviation 10. The same prompt and noise as the student's sample; the teacher is guided with
-    # α, or it would teach the collapse that Stage I avoided.
-    def make_references():
-        if settings.reference == "teacher":
-            teacher = load_transformer(preset, frozen, settings.random_weights).to(device)
-            grid = teacher_sigmas(load_scheduler(preset, settings.random_weights))
-        else:
-            teacher, _ = load_student(settings.reference, preset, told, device)
-            teacher, grid = teacher.to(frozen), sigma_grid(told["steps"])
-        # not sharded: each process makes its share without waiting for the others
-        latents, batches = [], world.share(torch.arange(R)).split(
-            128 if preset.captions == "tiny" else 4)
-        pages = PromptBook(preset, device, lambda i: [chosen[j] for j in batches[i]], len(batches),
-                           random_weights=settings.random_weights)
-        w = init["guidance"] if settings.reference == "teacher" else 1.0
-        with torch.inference_mode():
-            for i, batch in enumerate(tqdm(batches, desc="references", disable=not world.first)):
-                if run.interrupted:
-                    raise KeyboardInterrupt
-                x = image_noise(settings.seed, batch, shape, "training").to(device)
-                prompt = pages(i)
-                latents.append(sample_guided(teacher, x, prompt, pages.uncond(len(x)), grid, w,
-                                             init["alpha"])[0].cpu())
-        return world.gather(torch.cat(latents))                                     # R×C×H×W
-
-    kept = run.folder / "references" / "latents.safetensors"
+    # ------------------------------------------------------------- references, made once
+    chosen = torch.randint(len(texts), (settings.references,),
+                           generator=rng(settings.seed, "references"))    # R, their prompts
+    kept = references_file(settings, preset, init, resolved["prompts_sha256"])
     if not kept.exists():
-        made = make_references()
-        if world.first:
-            save_whole(kept.parent, lambda folder: save_file({"latents": made}, folder / kept.name))
-    world.wait()
-    reference = load_file(kept)["latents"]
+        pictures = make_references(settings, preset, init, prompts, chosen, decode, run)
+        if first():
+            save_whole(kept.parent, lambda folder: save_file({"pictures": pictures},
+                                                             folder / kept.name))
+    run.stopping()                                        # all wait until they are written
+    references = load_file(kept)["pictures"]              # R×3×8H×8W, uint8
 
-    # ================================================================== train
-    begun, patience, seen = time.perf_counter(), Patience(run), {}
-    bar = tqdm(range(start, total), initial=start, total=total, desc="stage 2",
-               disable=not world.first)
+    # ------------------------------------------------------------- train
+    begun, metrics = time.perf_counter(), {}
+    bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
+               desc="stage 2", disable=not first())
     for i in bar:
-        turn, (pick, _) = turn_of(i, *before), batch_of(i)
-        learners, logged = TURNS[turn]
-        draws = dict(zip(("pick", "embeds", "pooled"), (torch.tensor(pick), *book(i)), strict=True))
-        k = steps - 1                                           # the step that is looked at
-        if turn in ("fake score", "match"):     # any; one for all, as the cache has one mode
-            g = rng(settings.seed, i, "match")
-            k = int(torch.randint(steps, (1,), generator=g))
-            draws |= {"uniform": world.share(torch.rand(B, generator=g)),
-                      "fresh": world.share(torch.randn(B, *shape, generator=g))}
-        micros = [dict(zip(draws, part, strict=True)) for part in
-                  zip(*(value.chunk(settings.accumulation) for value in draws.values()),
-                      strict=True)]
-        high, low = sigmas[k].item(), sigmas[k + 1].item()
-        parts, seen = len(micros), seen | dict.fromkeys(logged, 0.0)
-
-        for m in micros:
-            # ---- 1. the steps before it: in full, no gradient; the first records Δ0
-            noise = image_noise(settings.seed, m["pick"], shape, "training").to(device)
-            prompt = m["embeds"], m["pooled"]
+        turn = turn_of(i)
+        batch = draw_batch(i, settings, chosen, texts)
+        parts = micro_batches({name: share(numbers) for name, numbers in batch.items()},
+                              settings.accumulation)
+        for part in parts:
+            # ---- 1. the steps before the last: in full, without gradient; the first records Δ0
+            noise = image_noise(settings.seed, part["noise"], shape, "training").to(device)
+            prompt = prompts.take(part["prompt"])
             with torch.no_grad():
-                x = roll_out(student, noise, prompt, sigmas[:k + 1], cache)[0][-1]     # B×C×H×W
+                latents, _, delta = roll_out(student, noise, prompt, sigmas[:-1], span, f)
+            x = latents[-1]                               # B×C×H×W, at σ = 0.75
+            # The heads' spectral norms advance once a turn, whatever --accumulation is.
+            discriminator.heads.train(part is parts[0])
 
-            # Who learns in this turn; nobody else's gradients are touched. Where a network runs
-            # without gradient there is nothing to freeze, and it must not be frozen before its
-            # first forward: fully_shard would take it for one that never learns.
-            for name in {"fake score": (), "discriminator": learners}.get(
-                    turn, networks.keys() - {"fake_score"}):
-                for p in learning[name]:
-                    p.requires_grad_(name in learners)
-                for group in optimizers[name].param_groups:
-                    group["lr"] = (settings.fit_lr if turn == "fit" else settings.match_lr
-                                   if (turn, name) == ("match", "student") else rates[name])
-                    group["betas"] = MATCH_BETAS if turn == "match" else BETAS
-
-            # ---- 2. the step as inference takes it, with gradient where student or f learn
-            gradient = turn in ("fit", "match", "generator")
-            mode = cache.step("reuse" if k else "full") if cached else contextlib.nullcontext()
-            with torch.set_grad_enabled(gradient), mode:
-                v = velocity(student, x, high, prompt)
-            p = euler(x, v, high, low)                                        # B×C×H×W
-
-            if turn == "fit":
-                # ---- 3a. f alone, until the cached step predicts what the full one does
-                # (deviation 9)
-                with torch.no_grad(), cache.step("full"):
-                    full = velocity(student, x, high, prompt)
-                loss = fit_loss(v, full)
-                values = {"fit": loss}
-
-            elif turn in ("fake score", "match"):
-                # ---- 3b. Stage I's two losses, in its default form, at the end of this step
-                # (deviation 14)
-                ends = torch.tensor([[high], [low]]).expand(2, len(x))                # 2×B
-                sigma = draw_sigma(m["uniform"], *ends, curves[turn]).to(device)      # B
-                x_sigma = renoise(p.detach(), low, sigma, m["fresh"].to(device))
-                if turn == "fake score":
-                    v_fake = velocity(networks["fake_score"], x_sigma, sigma, prompt)
-                    loss = fake_score_loss(v_fake, x_sigma, x0_from_velocity(x, high, v), sigma)
-                    values = {"loss_fake": loss}
-                else:
-                    with torch.no_grad():
-                        v_real = guided_velocity(teacher, x_sigma, sigma, prompt,
-                                                 book.uncond(len(x)), init["guidance"],
-                                                 init["alpha"])
-                        v_fake = velocity(networks["fake_score"], x_sigma, sigma, prompt)
-                    loss = dmd_loss(p, euler(x_sigma, v_real, sigma, low),
-                                    euler(x_sigma, v_fake, sigma, low))
-                    values = {"loss_match": loss}
-
+            if turn == "discriminator":
+                # ---- 2. D: the student's picture as inference makes it, against its reference
+                with torch.no_grad():
+                    picture = decode(last_step(student, x, prompt, sigmas, span, delta, f))
+                reference = references[part["noise"]].to(device) / 255
+                loss, ranks = discriminator_turn(discriminator, picture, reference)
+                metrics |= {"loss_d": loss.item(), "d_ranks": ranks.item()}
             else:
-                # ---- 3c. adversarial: a reference is real [target 0.8], the student's picture
-                # is not
-                with torch.set_grad_enabled(gradient):
-                    fake = decode(p)                                          # B×3×8H×8W
-                # The spectral norms' power iteration goes with the turn, not with the micro-batch.
-                discriminator.heads.train(m is micros[0])
-                if turn == "generator":
-                    loss = generator_loss(discriminator(fake, m["pooled"]))
-                    values = {"loss_g": loss}
-                else:
-                    with torch.no_grad():
-                        real = decode(reference[m["pick"]].to(device))
-                    real_logits, fake_logits = zip(*(      # one pass: both see the same weights
-                        each.chunk(2) for each in discriminator(
-                            torch.cat([real, fake]), m["pooled"].repeat(2, 1))), strict=True)
-                    loss = discriminator_loss(real_logits, fake_logits)
-                    values = {"loss_d": loss, "d_ranks": torch.stack([
-                        (r > f).float().mean()
-                        for r, f in zip(real_logits, fake_logits, strict=True)]).mean()}
+                # ---- 3. G: the same step, with gradient
+                sample = last_step(student, x, prompt, sigmas, span, delta, f)
+                loss = generator_turn(discriminator, decode, sample)
+                metrics |= {"loss_g": loss.item()}
+            (loss / len(parts)).backward()                # mean of parts = mean of the batch
 
-            (loss / parts).backward()
-            for key, value in values.items():
-                seen[key] += value.item() / parts
+        # ---- 4. whoever's turn it is takes a step
+        if turn == "discriminator":
+            metrics["norm_d"] = norm = clip_and_step([optimizers["discriminator"]])
+        elif i < settings.warmup:
+            # f is still plain reuse, and the heads are beginners. Let f find its place first, so
+            # that the student is not bent to errors that f will mend (paper's warm-up).
+            metrics["norm_g"] = norm = clip_and_step([optimizers["compensation"]], CLIP)
+        else:
+            metrics["norm_g"] = norm = clip_and_step(generator, CLIP)
+        # G's loss leaves gradients in the heads, and in the student during the warm-up: nobody may
+        # take them into another turn.
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
-        if turn == "generator" and i - sum(before) < settings.warmup:        # f alone at first
-            optimizers["student"].zero_grad(set_to_none=True)
-            learners = ("compensation",)
-        norm = seen[logged[1]] = update([optimizers[name] for name in learners if name in networks],
-                                        {"discriminator": math.inf,
-                                         "fake score": CLIP_FAKE}.get(turn, CLIP))
-
-        # ================================================================== log, show, save
-        done, end, stop = i + 1, i + 1 == total, world.any(run.interrupted)
-        patience.check(done, {turn: norm})
-        if done % settings.log_every == 0 or end:
-            turns = [turn_of(j, *before) for j in range(done)]
-            seen |= {"updates_d": turns.count("discriminator"),
-                     "updates_g": turns.count("generator")}
-            run.log(done, seconds=time.perf_counter() - begun, **seen)
-            bar.set_postfix({key: f"{value:.3f}" for key, value in seen.items()
-                             if "norm" not in key and "updates" not in key}, refresh=False)
-            seen = {}                                           # a line holds what is new in it
-        if done % settings.sample_every == 0 or end:
-            gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, book, decode,
-                         shape, sigmas, cache)
-        if done % settings.checkpoint_every == 0 or end or stop:
+        # ---- log, show, save
+        done, last, stop = i + 1, i + 1 == settings.iterations, run.stopping()
+        run.check_finite(done, **{turn: norm})
+        if done % settings.log_every == 0 or last:
+            generated = sum(turn_of(j) == "generator" for j in range(done))
+            run.log(done, **metrics, updates_d=done - generated, updates_g=generated,
+                    seconds=time.perf_counter() - begun)
+            bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()
+                             if "norm" not in name}, refresh=False)
+        if done % settings.sample_every == 0 or last:
+            gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
+                         sigmas, span, f)
+        if done % settings.checkpoint_every == 0 or last or stop:
             run.save(done, networks, optimizers)
-        if stop and not end:
+        if stop and not last:
             bar.close()
-            print(f"stopped after iteration {done}, saved; type the same command again to go on")
-            raise SystemExit(130)
+            run.leave(done)
 
-    # ================================================================== the result
-    if cached:
-        cache.remove()
-    if learns_f and world.first:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in compensation.state_dict().items()}
+    # ------------------------------------------------------------- the result
+    if f is not None and first():
+        tensors = {name: value.cpu().contiguous() for name, value in f.state_dict().items()}
         save_file(tensors, run.folder / "compensation.safetensors")
-    save_transformer(student, run.folder / "student", preset.captions != "tiny", with_lora)
-    if world.first:
-        write_json(recipe_file, recipe | {"iteration": total})
+    save_transformer(student, run.folder / "student", preset.captions != "tiny", settings.lora_rank)
+    if first():
+        write_json(recipe_file, recipe | {"iteration": settings.iterations})
     print(f"{run.folder}: {recipe['nfe']:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
-          f"look at {run.folder}/samples/step_{total:06d}.png")
+          f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
 
 
-def continue_stage1(settings, networks, optimizers):
-    """The match goes on where Stage I stopped: with the fake score of its newest checkpoint, which
-    knows the student already, and the optimisers' states of both (deviation 14)."""
-    first = World().first
-    _, parts = newest_checkpoint(settings.init, first)
-    if not parts:
-        if first:
-            print(f"{settings.init} has no checkpoint left; its fake score starts from the base "
-                  "model")
-        return
-    student = () if settings.lora_rank else ("student",)            # LoRA trains other parameters
-    put_back(settings.init, parts, networks, optimizers, ["fake_score"], ["fake_score", *student])
-
-
-def add_lora(student, rank, seed):
-    """LoRA on the attention and feed-forward layers of both streams [official targets,
-    alpha = rank; deviation 12]."""
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError("--lora-rank needs peft: pip install peft") from None
-    import torch
-    torch.manual_seed(seed)
-    student.requires_grad_(False)
-    student.add_adapter(LoraConfig(
-        r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-        target_modules=["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj",
-                        "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2",
-                        "ff_context.net.0.proj", "ff_context.net.2"]))
-    return student
+def stage2_recipe(settings, preset, init, span, f, blocks):
+    """The content of distill.json: Stage I's recipe, and which blocks are skipped."""
+    shape, size = init["latent_shape"], init.get("resolution")
+    recipe = recipe_of(preset, 2, init["steps"], init["alpha"], init["guidance"], shape, size)
+    recipe["init"] = settings.init
+    if span:
+        recipe["cached_blocks"] = settings.cached_blocks
+        recipe["compensation"] = f is not None
+        recipe["nfe"] = round(nfe(init["steps"], span, blocks), 4)
+    return recipe
 
 
 if __name__ == "__main__":
