@@ -1,7 +1,7 @@
 """Claim by claim: what the paper says, what the miniature measures, and whether it holds.
 
-    python claims.py                          # claims 1 and 3, three training seeds
-    python claims.py --only 2 4 parts alpha   # other claims, and sweeps of one setting
+    python -m tools.claims                          # claims 1 and 3, three training seeds
+    python -m tools.claims --only 2 4 parts alpha   # other claims, and sweeps of one setting
 
 Every line of EXPERIMENTS below is a variant of the two training commands: read there what is
 compared. Training is left to train_stage1.py and train_stage2.py, which keep their runs under
@@ -24,53 +24,66 @@ import subprocess
 import sys
 from pathlib import Path
 
-from run import UserError, check_value, command, option, parse_settings, read_json, rng, write_text
+from run import UserError, checked, command, option, parse_settings, read_json, rng, write_text
+
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
 
 # label, arguments of train_stage1.py, arguments of train_stage2.py (None: Stage I is the result)
 Variant = collections.namedtuple("Variant", "label stage1 stage2", defaults=("", None))
-# The default recipe, deviations 11 and 14 included; "no match" below is nearer to the official one.
-STAGE1, STAGE2 = Variant("Stage I"), Variant("Stage II, co-trained", "", "")
-FIT_ONLY = "--fit-iterations 300 --match-iterations 0 --iterations 0 --references 8"
-F_ONLY = Variant("f fitted, student as it was", "", FIT_ONLY)
-LATER = {span: (Variant(f"{span}, f fitted", "", f"--cached-blocks {span} {FIT_ONLY}"),
-                Variant(f"{span}, co-trained", "", f"--cached-blocks {span}"))
-         for span in ("2-5", "3-6")}         # as wide as the default span, one and two blocks later
+STAGE1 = Variant("Stage I")
+STAGE2 = Variant("Stage II, co-trained", "", "")
+# The warm-up never ends, so the generator's turns move f alone.
+F_ONLY = Variant("f alone, student as it was", "", "--warmup 999999")
+UNDISTILLED = Variant("adversarial turns without Stage I", "--iterations 1", "")
+
+
+def reused(span):
+    """A Stage II run that never trains: f is still the identity, so Δ0 is reused as it is."""
+    return Variant(f"{span}, Δ0 reused", "", f"--cached-blocks {span} --iterations 0")
+
+
+def trained(span):
+    """Stage II with another span than the default 1-4."""
+    return Variant(f"{span}, co-trained", "", f"--cached-blocks {span}")
+
 
 EXPERIMENTS = {                              # name: (what the paper says, variants)
     "1": ("Teacher guidance at high noise collapses diversity; switched off there, it survives.",
           [STAGE1, Variant("guidance everywhere", "--alpha 1")]),
     "2": ("Stagewise training gives structure first, detail second.",
-          [STAGE1, STAGE2, Variant("adversarial turns without Stage I", "--iterations 1",
-                                   "--match-iterations 0")]),
+          [STAGE1, STAGE2, UNDISTILLED]),
     "3": ("The compensation makes caching nearly free, co-training makes it free.",
           [STAGE1, F_ONLY, STAGE2]),
     "4": ("1.67 evaluations are 33 times fewer than 28×2, at comparable quality and diversity.",
           [STAGE1, STAGE2]),
     "parts": ("What the parts of Stage II are good for (ablation).",
-              [STAGE1, Variant("Stage I with the match's updates, too", "--iterations 330"), STAGE2,
+              [STAGE1, STAGE2,
                Variant("without f", "", "--no-compensation"),
-               Variant("f not fitted first", "", "--fit-iterations 0"),
-               Variant("no match", "", "--match-iterations 0"),
-               Variant("no adversarial turns", "", "--iterations 0"),
-               Variant("without a cache, fit and match", "", "--cached-blocks none")]),
+               Variant("without the warm-up of f", "", "--warmup 0"),
+               Variant("without a cache", "", "--cached-blocks none")]),
+    "width": ("Width of the cached span (sweep).",
+              [Variant("no cache", "", "--cached-blocks none"), trained("1-3"),
+               STAGE2._replace(label="1-4, co-trained"), trained("1-6")]),
+    "place": ("Place of the cached span: where plain reuse hurts, co-training mends (sweep).",
+              [STAGE1, reused("1-4"), STAGE2._replace(label="1-4, co-trained"),
+               reused("2-5"), trained("2-5"), reused("3-6"), trained("3-6")]),
     "alpha": ("α of Eq. 4 trades accuracy against diversity (sweep).",
-              [Variant(f"α = {a}", f"--alpha {a}" if a != 0.94 else "")
-               for a in (1, 0.98, 0.94, 0.9, 0.75)]),
+              [STAGE1._replace(label="α = 0.94"), Variant("α = 1", "--alpha 1"),
+               Variant("α = 0.98", "--alpha 0.98"), Variant("α = 0.9", "--alpha 0.9"),
+               Variant("α = 0.75", "--alpha 0.75")]),
     "importance": ("Importance curve of the re-noise level (ablation).",
-                   [Variant("official"), Variant("paper's plot", "--importance paper"),
+                   [STAGE1._replace(label="official"),
+                    Variant("paper's plot", "--importance paper"),
                     Variant("uniform", "--importance uniform")]),
     "form": ("What is re-noised (ablation, deviation 2).",
-             [Variant("window"), Variant("x0", "--form x0")]),
-    "normaliser": ("Normaliser of the loss (ablation, deviation 3).",
-                   [Variant("per sample"), Variant("per column", "--normaliser column")]),
-    "span": ("Width of the cached span (sweep).",
-             [Variant("no cache", "", "--cached-blocks none"),
-              Variant("1-3, slow", "", "--cached-blocks 1-3"), STAGE2._replace(label="1-4, fast"),
-              Variant("1-6", "", "--cached-blocks 1-6")]),
-    "place": ("Place of the cached span: where plain reuse hurts, co-training mends (sweep).",
-              [STAGE1, F_ONLY, STAGE2, *LATER["2-5"], *LATER["3-6"]]),
+             [STAGE1._replace(label="window"), Variant("x0", "--form x0")]),
+    "loss": ("The form of the loss (ablation, deviations 3 and 4).",
+             [STAGE1._replace(label="ours"), Variant("official", "--loss official")]),
 }
-ALL_PATHS = ("3", "place")                   # with the span skipped, reused, computed
+ALL_PATHS = ("3",)                           # with the span skipped, reused, computed
+SUFFIXES = (", span skipped", ", plain reuse", ", no cache")
 
 
 @dataclasses.dataclass
@@ -80,7 +93,7 @@ class Settings:
     seeds: list = option(None, "training seeds (default: 3407 1 2)")
     samples_per_prompt: int = option(128, "n, samples for each of the 24 captions",
                                      low=2, high=4096)
-    eval_seed: int = option(100, "evaluation seed; no training may use it", low=0, high=2**31 - 1)
+    eval_seed: int = option(200, "evaluation seed; no training may use it", low=0, high=2**31 - 1)
     jobs: int = option(None, "trainings side by side (default: one a core, up to 8; on a GPU one)",
                        low=1, high=64)
     runs: str = option("runs/claims", "folder of the runs, kept")
@@ -89,7 +102,7 @@ class Settings:
     debug: bool = option(False, "show tracebacks")
 
 
-# ----------------------------------------------------------------------------- what to run
+# ================================================================== what to run
 
 def folders(variant, seed, root):
     """(Stage I folder, Stage II folder or None) of a variant: named by what was changed, so that
@@ -97,58 +110,77 @@ def folders(variant, seed, root):
     def name(stage, arguments):
         words = re.sub(r"[^\w.]+", "-", arguments).strip("-")
         return "-".join(filter(None, (stage, words)))
-    first = name("stage1", variant.stage1)
-    second = None if variant.stage2 is None else name(
-        first.replace("stage1", "stage2"), variant.stage2)
-    return tuple(part and f"{root}/{part}-seed{seed}" for part in (first, second))
+    stage1 = name("stage1", variant.stage1)
+    if variant.stage2 is None:
+        return f"{root}/{stage1}-seed{seed}", None
+    stage2 = name(stage1.replace("stage1", "stage2"), variant.stage2)
+    return f"{root}/{stage1}-seed{seed}", f"{root}/{stage2}-seed{seed}"
+
+
+def result_of(variant, seed, root):
+    """The folder that is measured: Stage II's, or Stage I's where there is no Stage II."""
+    stage1, stage2 = folders(variant, seed, root)
+    return stage2 or stage1
 
 
 def commands(variants, seeds, root):
     """The training commands, [Stage I's, Stage II's], each once; a list may run side by side."""
-    stages = {}, {}
+    first_stage, second_stage = {}, {}
     for seed in seeds:
         for variant in variants:
-            first, second = folders(variant, seed, root)
-            stages[0][first] = (f"train_stage1.py --seed {seed} --out {first} "
-                                f"{variant.stage1}").strip()
-            if second:
-                stages[1][second] = (f"train_stage2.py --seed {seed} --init {first} --out {second} "
-                                     f"{variant.stage2}").strip()
-    return [list(stage.values()) for stage in stages]
+            stage1, stage2 = folders(variant, seed, root)
+            first_stage[stage1] = (f"train_stage1.py --seed {seed} --out {stage1} "
+                                   f"{variant.stage1}").strip()
+            if stage2:
+                second_stage[stage2] = (f"train_stage2.py --seed {seed} --init {stage1} "
+                                        f"--out {stage2} {variant.stage2}").strip()
+    return [list(first_stage.values()), list(second_stage.values())]
 
 
 def execute(line, threads=None):
     """Runs a script of ours. Of several side by side, with so many threads each, the output goes to
     the screen only when they fail."""
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     print(f"python {line}", flush=True)
-    done = subprocess.run([sys.executable, *shlex.split(line)], cwd=Path(__file__).parent,
-                          env=environment, capture_output=bool(threads), text=True)
+    done = subprocess.run([sys.executable, *shlex.split(line)], cwd=HERE, env=environment,
+                          capture_output=bool(threads), text=True)
     if done.returncode:
         sys.stderr.write((done.stdout or "")[-2000:] + (done.stderr or "")[-2000:])
         raise UserError(f"python {line} ended with exit code {done.returncode}; "
                         "type the same command again to go on")
 
 
-# ----------------------------------------------------------------------------- what it says
+# ================================================================== what it says
 
 def gather(rows, variant, seeds, root, suffix=""):
     """{measure: [seeds, captions]} of a variant's rows of results.json (frechet: [seeds]); suffix
-    names the path, such as ", plain reuse"."""
-    import torch
-    names = [Path(next(filter(None, reversed(folders(variant, seed, root))))).name + suffix
-             for seed in seeds]
-    found = [row for name in names for row in rows if row["name"] == name]
-    if len(found) != len(names):
-        return None                                     # this variant has no such path
-    values = {key: torch.tensor([row["by_prompt"][key] for row in found])
-              for key in found[0]["by_prompt"]}
-    return values | {"frechet": torch.tensor([row["frechet_to_teacher"] for row in found]),
-                     "nfe": found[0]["nfe_blocks"]}
+    names the path, such as ", plain reuse". None where the variant has no such path."""
+    found = []
+    for seed in seeds:
+        name = Path(result_of(variant, seed, root)).name + suffix
+        found += [row for row in rows if row["name"] == name]
+    if len(found) != len(seeds):
+        return None
+    values = {}
+    for key in found[0]["by_prompt"]:
+        values[key] = torch.tensor([row["by_prompt"][key] for row in found])      # seeds×captions
+    values["frechet"] = torch.tensor([row["frechet_to_teacher"] for row in found])
+    values["nfe"] = found[0]["nfe_blocks"]
+    return values
 
+
+def teacher_values(rows, seeds):
+    """The α-guided teacher's row, repeated for each training seed: it has no training of ours."""
+    row = next(row for row in rows if row["name"].startswith("teacher, w") and "<=" in row["name"])
+    return {key: torch.tensor([values] * seeds) for key, values in row["by_prompt"].items()}
+
+
+# A statistic is a function of the indices of seeds s and captions c, so that both can be resampled.
 
 def points(a, b):
-    """Accuracy of a minus accuracy of b, in points, for indices of seeds and captions."""
+    """Accuracy of a minus accuracy of b, in points."""
     return lambda s, c: 100 * (a["prompt_accuracy"] - b["prompt_accuracy"])[s][:, c].mean()
 
 
@@ -162,6 +194,11 @@ def change(a, b):
     return lambda s, c: (a["frechet"] - b["frechet"])[s].mean()
 
 
+def frechet_ratio(a, b):
+    """Fréchet distance to the teacher of a over that of b, of the means over the seeds."""
+    return lambda s, c: a["frechet"][s].mean() / b["frechet"][s].mean()
+
+
 def statements(name, get):
     """What an experiment has to show: (text, statistic, "at least" or "at most", bound).
     get(variant, suffix) is gather()."""
@@ -171,52 +208,66 @@ def statements(name, get):
         return [("entropy with guidance everywhere ÷ with α", ratio(full, one), "at most", 0.5),
                 ("accuracy with α − everywhere, points", points(one, full), "at least", -3)]
     if name == "2":
-        alone = get(EXPERIMENTS["2"][1][2])
+        alone = get(UNDISTILLED)
         return [("Stage II adds detail: Fréchet, change", change(two, one), "at most", 0),
-                ("it keeps the structure: entropy, ratio", ratio(two, one), "at least", 0.95),
-                ("without Stage I there is no structure: accuracy against both, points",
-                 points(alone, two), "at most", -10)]
+                ("it keeps the structure: entropy, ratio", ratio(two, one), "at least", 0.9),
+                ("without Stage I there is no structure: points", points(alone, two),
+                 "at most", -10)]
     if name == "3":
-        return [("span skipped, points", points(get(STAGE1, ", span skipped"), one),
-                 "at most", -10),
-                ("Δ0 reused as it is, points", points(get(STAGE1, ", plain reuse"), one),
-                 "at most", -10),
-                ("nearly free with f alone, points", points(get(F_ONLY), one), "at least", -5),
-                ("free when co-trained, points", points(two, one), "at least", -1),
-                ("… entropy, ratio", ratio(two, one), "at least", 0.95),
-                ("… Fréchet, change", change(two, one), "at most", 0)]
-    if name == "place":
-        return [statement for span, (fitted, trained) in LATER.items() for statement in (
-            (f"{span}: Δ0 reused as it is, points", points(get(fitted, ", plain reuse"), one),
-             "at most", -10),
-            (f"{span}: free when co-trained, points", points(get(trained), one), "at least", -1))]
+        skipped, reuse = get(STAGE1, ", span skipped"), get(STAGE1, ", plain reuse")
+        f_alone = get(F_ONLY)
+        return [("Δ0 reused − span skipped, points", points(reuse, skipped), "at least", 0),
+                ("f alone − Δ0 reused, points", points(f_alone, reuse), "at least", 0),
+                ("co-trained − f alone, points", points(two, f_alone), "at least", 0),
+                ("f alone − Δ0 reused, Fréchet", change(f_alone, reuse), "at most", 0),
+                ("co-trained − f alone, Fréchet", change(two, f_alone), "at most", 0),
+                ("co-trained − Stage I's two full steps, points", points(two, one),
+                 "at least", -2),
+                ("co-trained ÷ Stage I, Fréchet", frechet_ratio(two, one), "at most", 0.5),
+                ("co-trained ÷ Stage I, entropy", ratio(two, one), "at least", 0.9)]
     if name == "4":
         teacher = get("teacher")
         return [("28×2 ÷ network evaluations", lambda s, c: 56 / two["nfe"], "at least", 33),
                 ("accuracy against the teacher's 28×2 with α, points", points(two, teacher),
-                 "at least", -3),
-                ("entropy against it, ratio", ratio(two, teacher), "at least", 0.95)]
+                 "at least", -5),
+                ("entropy against it, ratio", ratio(two, teacher), "at least", 0.9)]
+    if name == "place":
+        found = []
+        for span in ("2-5", "3-6"):
+            found.append((f"{span}: co-trained − Δ0 reused, points",
+                          points(get(trained(span)), get(reused(span))), "at least", 0))
+            found.append((f"{span}: co-trained − Stage I, points",
+                          points(get(trained(span)), one), "at least", -2))
+        return found
     return []
 
 
 def interval(statistic, seeds, captions, rounds=2000):
     """(value, low, high): 95 % bootstrap that resamples seeds and captions."""
-    import torch
     g = rng(0, "claims")
     value = float(statistic(torch.arange(seeds), torch.arange(captions)))
-    drawn = torch.tensor([float(statistic(torch.randint(seeds, (seeds,), generator=g),
-                                          torch.randint(captions, (captions,), generator=g)))
-                          for _ in range(rounds)])
-    return value, *torch.quantile(drawn, torch.tensor([0.025, 0.975])).tolist()
+    drawn = []
+    for _ in range(rounds):
+        s = torch.randint(seeds, (seeds,), generator=g)
+        c = torch.randint(captions, (captions,), generator=g)
+        drawn.append(float(statistic(s, c)))
+    low, high = torch.quantile(torch.tensor(drawn), torch.tensor([0.025, 0.975])).tolist()
+    return value, low, high
 
 
 def judge(statistic, sense, bound, seeds, captions):
     """(value, low, high, verdict) of a statement."""
     value, low, high = interval(statistic, seeds, captions)
-    inside, outside = (low >= bound, high < bound) if sense == "at least" else (
-        high <= bound, low > bound)
-    return value, low, high, ("holds" if inside else "does not hold" if outside
-                              else "not decided")
+    if sense == "at least":
+        inside, outside = low >= bound, high < bound
+    else:
+        inside, outside = high <= bound, low > bound
+    verdict = "not decided"
+    if inside:
+        verdict = "holds"
+    elif outside:
+        verdict = "does not hold"
+    return value, low, high, verdict
 
 
 def report(name, variants, rows, seeds, root):
@@ -235,37 +286,32 @@ def report(name, variants, rows, seeds, root):
     def against(values, digits, statistic):
         value, low, high = interval(statistic(values, base), len(seeds), 24)
         return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
     first = next(variant for variant in variants if not variant.stage1)
     base = get(first)
     lines = [f"### {name}: {EXPERIMENTS[name][0]}", "",
-             "| variant | NFE | caption right | usual scene | scene entropy | diversity | Fréchet "
-             f"to the α-guided teacher | against *{first.label}*: points | entropy, ratio |",
-             "|" + " --- |" * 9]
+             "| variant | NFE | right | entropy | Fréchet | points | entropy ratio |",
+             "|" + " --- |" * 7]
     for variant in variants:
         for suffix in ("", *SUFFIXES) if name in ALL_PATHS else ("",):
             values = get(variant, suffix)
-            if values:
-                lines.append(f"| {variant.label}{suffix} | {values['nfe']:.4g} | " + " | ".join(
-                    cell(values[key]) for key in ("prompt_accuracy", "usual_scene",
-                                                  "scene_entropy", "diversity", "frechet"))
-                    + f" | {against(values, 1, points)} | {against(values, 2, ratio)} |")
-    judged = [(text, *judge(statistic, sense, bound, len(seeds), 24), sense, bound)
-              for text, statistic, sense, bound in statements(name, get)]
+            if values is None:
+                continue
+            keys = "prompt_accuracy", "scene_entropy", "frechet"
+            measured = [cell(values[key]) for key in keys]
+            lines.append(f"| {variant.label}{suffix} | {values['nfe']:.4g} | "
+                         f"{' | '.join(measured)} | {against(values, 1, points)} | "
+                         f"{against(values, 2, ratio)} |")
+    lines += ["", f"Fréchet: to the α-guided teacher. Points and entropy ratio: against "
+              f"*{first.label}*."]
+    judged = statements(name, get)
     if judged:
         lines += ["", "| statement | measured | bound | verdict |", "|" + " --- |" * 4]
-        lines += [f"| {text} | {value:.2f} [{low:.2f}, {high:.2f}] | {sense} {bound} | "
-                  f"**{verdict}** |" for text, value, low, high, verdict, sense, bound in judged]
+    for text, statistic, sense, bound in judged:
+        value, low, high, verdict = judge(statistic, sense, bound, len(seeds), 24)
+        lines.append(f"| {text} | {value:.2f} [{low:.2f}, {high:.2f}] | {sense} {bound} | "
+                     f"**{verdict}** |")
     return "\n".join(lines)
-
-
-SUFFIXES = (", span skipped", ", plain reuse", ", no cache")
-
-
-def teacher_values(rows, seeds):
-    """The α-guided teacher's row, repeated for each training seed: it has no training of ours."""
-    import torch
-    row = next(row for row in rows if row["name"].startswith("teacher, w") and "<=" in row["name"])
-    return {key: torch.tensor([row["by_prompt"][key]] * seeds) for key in row["by_prompt"]}
 
 
 def plot(path, x, series):
@@ -280,60 +326,76 @@ def plot(path, x, series):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for label, values in series:
-        y = values["prompt_accuracy"].mean(1)                                       # seeds
+        y = values["prompt_accuracy"].mean(1)                             # seeds
         a = values[x].mean(1) if x != "nfe" else 0 * y + values["nfe"]
         bars = {"xerr": a.std(), "yerr": y.std()} if len(y) > 1 else {}
         axes.errorbar(a.mean(), y.mean(), **bars, fmt="o", capsize=3)
         axes.annotate(label, (a.mean(), y.mean()), xytext=(6, 6), textcoords="offset points")
     axes.set(xlabel={"nfe": "network evaluations"}.get(x, "scene entropy, nats"),
              ylabel="caption right")
-    axes.margins(x=0.2, y=0.15)                        # room for the labels
+    axes.margins(x=0.2, y=0.15)                                           # room for the labels
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(path)
 
 
+# ================================================================== command
+
+def train(stages, jobs):
+    """Runs Stage I's commands, then Stage II's, so many side by side."""
+    from model import pick_device
+    cores = os.cpu_count() or 1
+    if not jobs:
+        jobs = min(8, cores) if pick_device(None).type == "cpu" else 1
+    threads = max(1, cores // jobs) if jobs > 1 else None
+    for lines in stages:
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(lambda line: execute(line, threads), lines):
+                pass
+
+
 @command
 def main(argv):
-    settings = parse_settings(Settings, argv, "claims.py", __doc__.split("\n\n")[0])
+    settings = parse_settings(Settings, argv, "tools/claims.py", __doc__.split("\n\n")[0])
     chosen = {name: EXPERIMENTS[name] for name in settings.only or ["1", "3"]}
     rule = option(None, "", low=0, high=2**31 - 1).metadata
-    seeds = [check_value("--seeds", seed, int, rule) for seed in settings.seeds or [3407, 1, 2]]
+    try:
+        seeds = [checked(int, rule, seed) for seed in settings.seeds or ["3407", "1", "2"]]
+    except Exception as error:
+        raise UserError(f"--seeds {error}") from None
     if settings.eval_seed in seeds or len(set(seeds)) < len(seeds):
         raise UserError("--seeds must differ from each other and from --eval-seed")
-    # the default recipe first: Fréchet distances are taken to its teacher
-    variants = sorted(dict.fromkeys(v for _, group in chosen.values() for v in group),
-                      key=lambda variant: variant.stage1 != "")
+    # The default recipe comes first: Fréchet distances are taken to its teacher.
+    variants = [STAGE1]
+    for _, group in chosen.values():
+        variants += [variant for variant in group if variant not in variants]
+    variants.sort(key=lambda variant: variant.stage1 != "")
     stages = commands(variants, seeds, settings.runs)
-    measured = [list(filter(None, folders(variant, seed, settings.runs)))[-1]
-                for seed in seeds for variant in variants]
+    measured = []
+    for seed in seeds:
+        measured += [result_of(variant, seed, settings.runs) for variant in variants]
+    own_path = "" if chosen.keys() & set(ALL_PATHS) else "--own-path "
     evaluation = (f"evaluate.py --teacher alpha --seed {settings.eval_seed} --samples-per-prompt "
-                  f"{settings.samples_per_prompt} --out {settings.out} "
-                  + ("" if chosen.keys() & set(ALL_PATHS) else "--own-path ") + "--checkpoint "
+                  f"{settings.samples_per_prompt} --out {settings.out} {own_path}--checkpoint "
                   + " ".join(dict.fromkeys(measured)))
     if settings.dry_run:
         print("\n".join(f"python {line}" for line in [*stages[0], *stages[1], evaluation]))
         return
-    from model import pick_device
-    cores = os.cpu_count() or 1
-    jobs = settings.jobs or (min(8, cores) if pick_device(None).type == "cpu" else 1)
-    threads = max(1, cores // jobs) if jobs > 1 else None
-    for lines in stages:
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda line: execute(line, threads), lines))
+    train(stages, settings.jobs)
     execute(evaluation)
+
     found = read_json(Path(settings.out) / "results.json")
-    rows, protocol = found["rows"], found["protocol"]
-    text = "\n\n".join(report(name, group, rows, seeds, settings.runs)
-                       for name, (_, group) in chosen.items())
-    text += ("\n\nTraining seeds " + ", ".join(map(str, seeds)) + "; ± standard deviation over "
-             "them; brackets: 95 % bootstrap over seeds and captions (Fréchet: over seeds). "
-             + json.dumps(protocol))
+    sections = [report(name, group, found["rows"], seeds, settings.runs)
+                for name, (_, group) in chosen.items()]
+    sections.append("Training seeds " + ", ".join(map(str, seeds)) + "; ± standard deviation over "
+                    "them; brackets: 95 % bootstrap over seeds and captions (Fréchet: over seeds). "
+                    + json.dumps(found["protocol"]))
+    text = "\n\n".join(sections)
     write_text(Path(settings.out) / "claims.md", text + "\n")
-    for name, x in (("alpha", "scene_entropy"), ("span", "nfe")):
+    for name, x in (("alpha", "scene_entropy"), ("width", "nfe")):
         if name in chosen:
             plot(Path(settings.out) / f"{name}.png", x, [
-                (variant.label, gather(rows, variant, seeds, settings.runs))
+                (variant.label, gather(found["rows"], variant, seeds, settings.runs))
                 for variant in chosen[name][1]])
     print(text)
 
