@@ -296,6 +296,19 @@ def write_text(path, text):
     temporary.rename(path)
 
 
+def save_tensors(path, tensors):
+    """Writes {name: tensor} as one safetensors file, whole or not at all. Several runs may write the
+    same file at once: each has a temporary name of its own."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+              temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
 def write_json(path, value):
     """Writes a JSON file whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -504,8 +517,7 @@ class Run:
 
         def write(folder):
             for part, tensors in parts.items():
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-                          folder / f"{part}.safetensors")
+                save_tensors(folder / f"{part}.safetensors", tensors)
             files = {p.name: _digest(p) for p in sorted(folder.glob("*.safetensors"))}
             write_json(folder / "state.json",
                        {"format": FORMAT, "iteration": iteration, "files": files})

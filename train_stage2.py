@@ -26,7 +26,7 @@ from pathlib import Path
 
 from run import (CommonSettings, Run, UserError, check_batch, clip_and_step, command, fill_in,
                  first, gather, join_processes, load_file, micro_batches, option, parse_settings,
-                 processes, rng, save_file, save_whole, share, write_json)
+                 processes, rng, save_tensors, share, write_json)
 
 import torch
 from tqdm import tqdm
@@ -320,8 +320,7 @@ def main(argv):
     if not kept.exists():
         pictures = make_references(settings, preset, init, prompts, chosen, decode, run)
         if first():
-            save_whole(kept.parent, lambda folder: save_file({"pictures": pictures},
-                                                             folder / kept.name))
+            save_tensors(kept, {"pictures": pictures})
     run.stopping()                                        # all wait until they are written
     references = load_file(kept)["pictures"]              # R×3×8H×8W, uint8
 
@@ -392,8 +391,7 @@ def main(argv):
 
     # ------------------------------------------------------------- the result
     if f is not None and first():
-        tensors = {name: value.cpu().contiguous() for name, value in f.state_dict().items()}
-        save_file(tensors, run.folder / "compensation.safetensors")
+        save_tensors(run.folder / "compensation.safetensors", f.state_dict())
     save_transformer(student, run.folder / "student", preset.captions != "tiny", settings.lora_rank)
     if first():
         write_json(recipe_file, recipe | {"iteration": settings.iterations})
