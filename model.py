@@ -45,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """What belongs to a base model. The recipes (rates, counts) stand in the train scripts."""
-    name: str
+    name: str                          # as --model and distill.json say it
     source: str                        # pipeline folder or hub id
     cached_blocks: str = "2-9"         # [ours] which; 1.67 NFE [paper] means 8 of 24 blocks
     text_length: int = 256             # [official] T5 tokens; 0 for a pipeline without T5
@@ -61,9 +61,21 @@ class Preset:
         return 77 + self.text_length if self.text_length else 8
 
 
-SD3_MEDIUM = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
-                  num_attention_heads=24, attention_head_dim=64, joint_attention_dim=4096,
-                  caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192)
+# The three real transformers, as their config.json says it. Nothing here is needed to train them:
+# it lets --dry-run plan, and the NFE meter count, without a download.
+SD3_MEDIUM = dict(
+    sample_size=128,                   # H = W of the latents at 1024² pixels
+    patch_size=2,                      # 2×2 latents become one image token: 64·64 = 4096 tokens
+    in_channels=16,                    # C; out_channels is C, too: velocity has the latents' shape
+    out_channels=16,
+    num_layers=24,                     # joint blocks
+    num_attention_heads=24,            # times the head's width: D = 24·64 = 1536
+    attention_head_dim=64,
+    joint_attention_dim=4096,          # J, width of embeds: T5's
+    caption_projection_dim=1536,       # embeds are projected to D
+    pooled_projection_dim=2048,        # P: 768 + 1280 of the two CLIPs
+    pos_embed_max_size=192,            # largest picture: 192 tokens a side
+)
 # A second attention of the image stream alone, in blocks 0 to 12; the paper does not treat it.
 SD35_MEDIUM = {**SD3_MEDIUM, "qk_norm": "rms_norm", "pos_embed_max_size": 384,
                "dual_attention_layers": tuple(range(13))}
@@ -92,11 +104,13 @@ def find_preset(model):
     UserError for a bare name that is neither. Reads no weights."""
     if model in PRESETS:
         return PRESETS[model]
+    # A hub id has exactly one slash. A bare name that is no folder is a misspelt preset.
     folder = Path(model)
     if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         raise UserError(f"there is no model {model}; use {', '.join(PRESETS)}, "
                         "a pipeline folder or a hub id")
     preset = Preset(model, model)
+    # Whether a folder has T5 is seen by its files: its model_index.json may say otherwise.
     if folder.is_dir() and not (folder / "text_encoder_3" / "config.json").exists():
         preset = dataclasses.replace(preset, text_length=0)
     backbone = folder / "discriminator_backbone"          # as tools/random_model.py writes it
@@ -108,6 +122,7 @@ def find_preset(model):
 def check_base(preset):
     """The transformer's config of a preset as a dict; UserError unless it is an SD3 transformer.
     Reads only config.json, so that a misspelt name costs nothing."""
+    # SD1, Flux and others have other inputs and other blocks; nothing here would fit them.
     with loading("transformer/config.json", preset.source):
         config = CachedSD3.load_config(preset.source, subfolder="transformer")
     if config.get("_class_name") != "SD3Transformer2DModel":
@@ -182,6 +197,8 @@ def call_network(net, x, sigma, prompt, **cached):
     This is the only place where sigma becomes a timestep. On CUDA the forward runs in bf16
     autocast; the latents outside stay fp32 (deviation 7).
     """
+    # The long names are diffusers': embeds are "encoder hidden states" because text encoders made
+    # them, pooled is "projections" because CLIP projects it.
     embeds, pooled = prompt
     timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
@@ -207,6 +224,7 @@ def place(net, device):
             # Compute in bf16, sum gradients in fp32. Inputs stay as they are: call_network casts.
             how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
                                                     cast_forward_inputs=False)
+        # Block by block: only one is whole at a time, the others lie in pieces on all devices.
         for block in net.transformer_blocks:
             fully_shard(block, **how)
         fully_shard(net, **how)
@@ -220,6 +238,7 @@ def add_lora(net, rank, seed):
         from peft import LoraConfig
     except ImportError:
         raise UserError("--lora-rank needs peft: pip install peft") from None
+    # Of the skipped blocks these get no gradient in Stage II, so they stay as they are there.
     attention = ["to_q", "to_k", "to_v", "to_out.0",
                  "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]    # add_: the text stream
     feed_forward = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
@@ -237,12 +256,15 @@ def save_transformer(net, folder, half, lora_rank=None):
     state = whole_state(net)
     if not first():
         return
+    # A stock network takes over the weights, so that the folder is stock: CachedSD3 would write its
+    # own name into config.json, and from_pretrained of others would not find it.
     with torch.device("meta"):                            # shapes without memory
         plain = SD3Transformer2DModel.from_config(net.config)
         if lora_rank:
             add_lora(plain, lora_rank, seed=0)
     plain.load_state_dict(state, assign=True)
     if lora_rank:
+        # W + B·A becomes the weight: nobody has to guess a scale later.
         plain.fuse_lora()
         plain.unload_lora()
     if half:
@@ -256,6 +278,7 @@ def vae_factor(preset):
     """Pixels of a side for each latent pixel: 8 for the real models, 4 for tiny."""
     from diffusers import AutoencoderKL
     with loading("the VAE's config", preset.source):
+        # Each level but the last halves the picture's side.
         config = AutoencoderKL.load_config(preset.source, subfolder="vae")
     return 2 ** (len(config["block_out_channels"]) - 1)
 
@@ -323,10 +346,12 @@ class Discriminator(torch.nn.Module):
                 preset.discriminator, out_features=levels, dtype=torch.float32,
                 use_safetensors=True)
         self.backbone.eval().requires_grad_(False)
+        # The backbone was trained on pictures normalised like this; others would blind it.
         self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
         channels = self.backbone.channels
         torch.manual_seed(seed)
+        # Early maps see texture, late ones objects; a head for each tells both.
         heads = [Head(c, width, pooled=False) for c in channels]
         heads.append(Head(channels[-1], width, pooled=True))
         self.heads = torch.nn.ModuleList(heads)
@@ -359,6 +384,7 @@ class Prompts:
     """
 
     def __init__(self, preset, texts, device):
+        # The empty prompt comes last, so that index i is still the i-th text.
         self.texts, self.device = list(texts), device
         self.embeds, self.pooled = encode_prompts(preset, [*self.texts, ""], device)
 
@@ -444,6 +470,7 @@ def draw_pool(texts, size, seed):
     """`size` of the texts, drawn by seed (--pool): all that a run encodes and trains on."""
     if size >= len(texts):
         return texts
+    # Drawn at random: the first so many of the grammar would all be of one style.
     order = torch.randperm(len(texts), generator=rng(seed, "pool"))
     return [texts[j] for j in order[:size].tolist()]
 
@@ -461,6 +488,7 @@ def read_prompts(path):
     prompts = []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
+        # A line that begins with a brace is JSON; all others are the prompt as it stands.
         if line.startswith("{"):
             try:
                 line = json.loads(line)["prompt"].strip()

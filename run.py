@@ -297,8 +297,8 @@ def write_text(path, text):
 
 
 def save_tensors(path, tensors):
-    """Writes {name: tensor} as one safetensors file, whole or not at all. Several runs may write the
-    same file at once: each has a temporary name of its own."""
+    """Writes {name: tensor} as one safetensors file, whole or not at all. Several runs may write
+    the same file at once: each has a temporary name of its own."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")

@@ -34,15 +34,18 @@ TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 def sigma_grid(steps):
     """The student's sigmas, fp32 [N + 1], from 1 (noise) to 0: two steps are 1, 0.75, 0; four are
     1, 0.9, 0.75, 0.5, 0 [official, shift 3]."""
-    u = 1 - torch.arange(steps + 1) / steps
-    return shift_sigma(u)
+    # Equal steps in u, then the base model's shift: the first step is short in σ and does what the
+    # paper calls structure, the last one is long and leaves the details.
+    u = 1 - torch.arange(steps + 1) / steps                               # N+1: 1, 0.5, 0
+    return shift_sigma(u)                                                 # N+1: 1, 0.75, 0
 
 
 def stock_sigmas(steps):
-    """What to pass as `sigmas` to the stock pipeline, which shifts by itself: [1.0, 0.5] for two
-    steps. Never rely on num_inference_steps=2 alone: the stock scheduler then spreads its steps
-    over its own 1,000 timesteps, last one included, and gives σ = 1, 0.0089, 0 instead of 1, 0.75,
-    0. The student has never seen 0.0089, and its pictures are blurred."""
+    """What to pass as `sigmas` to the stock pipeline: [1.0, 0.5] for two steps."""
+    # The stock scheduler shifts what it is given and adds the final 0 itself, so pass u, not σ.
+    # Never rely on num_inference_steps=2 alone: the scheduler then spreads two steps over its 1,000
+    # timesteps, the last one included, and gives σ = 1, 0.0089, 0 instead of 1, 0.75, 0. The
+    # student has never seen 0.0089, and its pictures are blurred.
     return [round(1 - i / steps, 6) for i in range(steps)]
 
 
@@ -54,7 +57,9 @@ def load_scheduler(preset):
 
 
 def teacher_sigmas(scheduler, steps=TEACHER_STEPS):
-    """The stock scheduler's own sigmas, fp32 [steps + 1]; of 28 steps five begin above α = 0.94."""
+    """The stock scheduler's own sigmas, fp32 [steps + 1], from 1 to 0."""
+    # Not sigma_grid(28): the teacher shall sample exactly as its makers let it sample. Of these 28
+    # steps five begin above α = 0.94.
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.cpu()
 
@@ -62,8 +67,10 @@ def teacher_sigmas(scheduler, steps=TEACHER_STEPS):
 def image_noise(seed, indices, shape, who="image"):
     """Start noise [B, C, H, W], each image's from (seed, who, its index) alone: the batch size
     changes no picture. who="training" has noises that no sample or evaluation ever uses."""
+    # One generator for each image, on the CPU: one for the whole batch would give an image another
+    # noise whenever its neighbours or the device change.
     noises = [torch.randn(shape, generator=rng(seed, who, int(i))) for i in indices]
-    return torch.stack(noises)
+    return torch.stack(noises)                                            # B×C×H×W
 
 
 # ================================================================== the student: 1.67 evaluations
@@ -71,6 +78,8 @@ def image_noise(seed, indices, shape, who="image"):
 def cached_velocity(student, x, sigma, prompt, span=None, delta=None, f=None):
     """(velocity [B, C, H, W] fp32, Δ0) of the student. Without delta every block runs and the
     span's residual Δ0 is recorded; with it the span is skipped and f(Δ0) stands in for it."""
+    # Δ0 is an argument and an answer, no state of the network: it cannot be left over from another
+    # prompt, and gradient checkpointing may run the blocks again later.
     v, delta = call_network(student, x, sigma, prompt, span=span, delta=delta, f=f)
     return v.float(), delta
 
@@ -104,6 +113,7 @@ def guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha):
     # run would hang the others (deviation 6).
     embeds = torch.cat([prompt[0], uncond[0]])                            # 2B×L×J
     pooled = torch.cat([prompt[1], uncond[1]])                            # 2B×P
+    # In Stage I each sample has a level of its own; in sampling one number holds for all.
     twice = torch.cat([sigma, sigma]) if torch.is_tensor(sigma) else sigma
     v = velocity(teacher, torch.cat([x, x]), twice, (embeds, pooled))     # 2B×C×H×W
     v_cond, v_uncond = v.chunk(2)
@@ -119,6 +129,7 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):
     """
     passes = 0
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
+        # One σ for all samples here, so whether guidance is on is known before the pass.
         if guidance_weight(sigma, w, alpha) == 1:
             v = velocity(teacher, x, sigma, prompt)
             passes += 1
@@ -151,11 +162,14 @@ def count_nfe(preset, span, steps=2):
     None, counted by blocks, by FLOPs, and by FLOPs with f. One evaluation is one full forward."""
     if not span:
         return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
+    # The paper counts blocks. Blocks are not all of a pass (embedding, projection), not all alike
+    # (SD3.5-Medium has two kinds), and f is not free: so FLOPs are counted, too.
     with torch.device("meta"):
         net = CachedSD3.from_config(preset.architecture or check_base(preset)).eval()
         f = make_compensation(net.inner_dim)
     config = net.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
+    # A step that records, one that reuses Δ0 as it is, one with f.
     full, delta = forward_flops(net, shape, preset.tokens, span=span)
     plain, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta)
     with_f, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta, f=f)
@@ -183,19 +197,30 @@ def nfe_table():
 def recipe_of(preset, stage, steps, alpha, guidance, shape, size=None):
     """The content of distill.json: what is needed to sample a run, and the stock call that gives
     the two-step picture. size: a side in pixels that is not the model's own."""
+    # The stock call is text for people to copy. It names what a stock pipeline would get wrong by
+    # itself: the sigmas, no guidance (the student has learnt it), the text length.
     without_t5 = "" if preset.text_length else ", text_encoder_3=None, tokenizer_3=None"
     pixels = f", height={size}, width={size}" if size else ""
     return {
-        "format": FORMAT, "base": preset.name, "stage": stage, "iteration": 0, "steps": steps,
-        "sigmas": [round(s, 6) for s in sigma_grid(steps).tolist()],
-        "alpha": alpha, "guidance": guidance, "cached_blocks": None, "nfe": float(steps),
-        "latent_shape": list(shape), "resolution": size,
+        "format": FORMAT,
+        "base": preset.name,                              # whose VAE and text encoders it needs
+        "stage": stage,
+        "iteration": 0,                                   # 0 until the run is finished
+        "steps": steps,                                   # N
+        "sigmas": [round(s, 6) for s in sigma_grid(steps).tolist()],      # N + 1
+        "alpha": alpha,                                   # Eq. 4, as it was trained with
+        "guidance": guidance,                             # w, likewise; the student needs none
+        "cached_blocks": None,                            # Stage II: "n-m", the span of step two
+        "nfe": float(steps),                              # network evaluations by blocks
+        "latent_shape": list(shape),                      # C, H, W
+        "resolution": size,                               # pixels, if not the model's own
         "stock_call": f"StableDiffusion3Pipeline.from_pretrained({preset.source!r}, "
                       f"transformer=SD3Transformer2DModel.from_pretrained('RUN/student'){without_t5})"
                       f"(prompt, sigmas={stock_sigmas(steps)}, num_inference_steps={steps}, "
                       f"guidance_scale=1.0, max_sequence_length={preset.text_length}{pixels})"}
 
 
+# What every distill.json must hold; span, compensation and init are Stage II's alone.
 RECIPE_TYPES = {"base": str, "stage": int, "iteration": int, "steps": int, "alpha": float,
                 "guidance": float, "nfe": float, "latent_shape": list}
 
@@ -207,6 +232,8 @@ def read_recipe(folder):
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}; "
                         "python train_stage1.py makes runs/tiny-stage1")
+    # The file may come from a stranger or a newer version. Check what is used later, so that a
+    # wrong value is one line here and no traceback there.
     recipe = read_json(folder / "distill.json")
     if recipe.get("format") != FORMAT:
         raise UserError(f"{folder}/distill.json has format {recipe.get('format')!r}; "
@@ -235,6 +262,8 @@ def load_student(folder, preset, recipe, device):
     """(student, span or None, f or None) of a run, finished or not: the result or, when that is
     older, the newest checkpoint."""
     from safetensors import SafetensorError
+    # A finished run has a stock folder, student/, and beside it f (in a file of its own: a stock
+    # folder drops keys that it does not know). One that still trains has checkpoints only.
     folder = Path(folder)
     saved = checkpoints(folder)
     newest = int(saved[-1].name[-6:]) if saved else -1
@@ -259,6 +288,7 @@ def load_student(folder, preset, recipe, device):
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: its student does not load "
                         f"({str(error).splitlines()[0][:160]})") from error
+    # The position table is made for a largest picture; beyond it the forward would fail.
     config, (channels, *sides) = student.config, recipe["latent_shape"]
     if channels != config.in_channels or max(sides) > config.pos_embed_max_size * config.patch_size:
         raise UserError(f"{folder}/distill.json: latent_shape {recipe['latent_shape']} does not "
@@ -272,6 +302,7 @@ class Gallery:
     """The sample grid of a training run: always the same prompts (rows) and noises (columns)."""
 
     def __init__(self, preset, prompts):
+        # The same rows in every run and at every step: two grids differ only in the student.
         self.prompts = prompts
         self.size = 8 if preset.captions == "tiny" else 4
         self.rows = torch.randperm(len(prompts), generator=rng(0, "gallery"))[:self.size]
@@ -295,16 +326,18 @@ def save_pictures(pictures, path, columns):
     shown enlarged to about 96 pixels."""
     from PIL import Image
     h, w = pictures.shape[2:]
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(pictures) // columns)                   # rounded up
     sheet = Image.new("RGB", (columns * (w + 2), rows * (h + 2)), "white")
     pixels = (pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     for i, picture in enumerate(pixels.cpu().numpy()):
         place = i % columns * (w + 2), i // columns * (h + 2)
         sheet.paste(Image.fromarray(picture), place)
+    # Enlarged without smoothing: what is blurred in the result is blurred by the model.
     scale = max(1, 96 // h)
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name first: a viewer never meets half a picture.
     temporary = path.with_name(f".{path.name}.new")
     sheet.save(temporary, format="PNG")
     os.replace(temporary, path)
@@ -344,10 +377,11 @@ def main(argv):
     preset, device = find_preset(recipe["base"]), pick_device(settings.device)
     texts = choose_prompts(preset, settings.prompts, settings.prompt)[:1000]
 
+    # Everything comes from the run folder: which base model, how many steps, which span, f.
     prompts = Prompts(preset, texts, device)
     student, span, f = load_student(settings.checkpoint, preset, recipe, device)
     if settings.no_cache:
-        span = None
+        span = None                                       # every step in full
     decode, sigmas = Decoder(preset, device), sigma_grid(recipe["steps"])
 
     total, pictures, start = len(texts) * settings.num_images, [], time.perf_counter()
@@ -359,6 +393,7 @@ def main(argv):
             # The VAE takes them one by one: 1024² pictures need much memory, and the last bits of a
             # picture must not depend on its neighbours.
             pictures += [decode(one).cpu() for one in latents[-1].split(1)]
+    # The text encoders are not in these seconds: a prompt is encoded once, whatever the steps.
     seconds = time.perf_counter() - start
     columns = settings.num_images if len(texts) > 1 else max(1, round(total ** 0.5))
     save_pictures(torch.cat(pictures), settings.out, columns)

@@ -99,6 +99,8 @@ D_PER_G = 2                     # [official] then so many of its turns for one o
 
 def turn_of(i):
     """Whose turn iteration i is [official]: 50 of the discriminator, then 2 D : 1 G."""
+    # Heads that start at random say nothing of use. They get a lead, and later twice as many turns,
+    # so that the student is always judged by heads that know its newest pictures.
     if i >= D_ONLY and i % (D_PER_G + 1) == 0:
         return "generator"
     return "discriminator"
@@ -124,6 +126,7 @@ def resolve(settings):
     pick_device(settings.device)
     texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
 
+    # Where to start: a finished Stage I run of the same base model.
     planned = settings.dry_run and preset.architecture    # planned without a download
     config = preset.architecture if planned else check_base(preset)
     if settings.dry_run and not Path(settings.init).exists():   # ... and before Stage I has run
@@ -138,6 +141,7 @@ def resolve(settings):
     if init["stage"] != 1:
         raise UserError(f"{settings.init} is a run of Stage {init['stage']}; --init takes one of "
                         "Stage I")
+    # Who makes the references must be better than the student, or D teaches nothing new.
     if settings.reference != "teacher":
         other = read_recipe(settings.reference)
         if other["steps"] <= init["steps"]:
@@ -146,6 +150,7 @@ def resolve(settings):
         if (other["base"], other["latent_shape"]) != (init["base"], init["latent_shape"]):
             raise UserError(f"--reference {settings.reference} has another base model or picture "
                             f"size than --init {settings.init}")
+    # Which blocks step two skips.
     if settings.cached_blocks == "none":
         return preset, init, None, texts
     if init["steps"] < 2:
@@ -185,12 +190,10 @@ def discriminator_turn(discriminator, picture, reference):
 
 def generator_turn(discriminator, decode, latents):
     """The generator's loss, a scalar (paper, Stage II): adversarial alone, as in the released
-    config.
-
-    latents [B, C, H, W] are last_step's, with gradient. It flows back from the heads through the
-    frozen backbone and the frozen VAE into step two: into f and into every block that ran there.
-    The skipped blocks get none, and step one gets none.
-    """
+    config. latents [B, C, H, W] are last_step's, with gradient."""
+    # The gradient flows back from the heads through the frozen backbone and the frozen VAE into
+    # step two: into f and into every block that ran there. The skipped blocks get none. Step one
+    # gets none, either: it ran without gradient, and Δ0 is detached.
     picture = decode(latents)                                             # B×3×8H×8W
     return generator_loss(discriminator(picture))
 
@@ -228,6 +231,8 @@ def make_references(settings, preset, init, prompts, chosen, decode, run):
         maker, _, _ = load_student(settings.reference, preset, other, device)
         maker = maker.to(frozen_dtype(device))
         grid, w = sigma_grid(other["steps"]), 1.0         # a student is not guided
+    # The noise is the one that the student will start from: reference and picture then show the
+    # same layout, and D has to look at the details (official).
     # Not sharded: each process makes its share without waiting for the others.
     mine = share(torch.arange(settings.references))
     pictures = []
@@ -247,6 +252,7 @@ def make_references(settings, preset, init, prompts, chosen, decode, run):
 def references_file(settings, preset, init, prompts_sha256):
     """Where the references lie: beside the run folders, named by all that they depend on, so that
     runs which differ in something else share them."""
+    # Prompts, noises, size, guidance and the weights of whoever makes them.
     about = [preset.source, settings.reference, settings.references, settings.seed, prompts_sha256,
              init["latent_shape"], init["alpha"], init["guidance"]]
     maker = Path(preset.source) / "transformer"
@@ -281,10 +287,11 @@ def main(argv):
         return
 
     # ------------------------------------------------------------- student, f, discriminator
+    # No teacher and no fake score any more, so Stage II needs far less memory than Stage I.
     prompts = Prompts(preset, texts, device)              # frees the text encoders again
     student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"))
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
-    f = None
+    f = None                                              # plain reuse of Δ0
     if span and not settings.no_compensation:
         f = make_compensation(student.inner_dim).to(device)
     discriminator = Discriminator(preset, settings.seed).to(device)
@@ -295,6 +302,7 @@ def main(argv):
         add_lora(student, settings.lora_rank, settings.seed)
     student = place(student, device)
 
+    # Only the discriminator's heads learn; its backbone, the VAE and the text encoders are frozen.
     networks = {"student": student, "discriminator": discriminator.heads}
     rates = {"student": settings.student_lr, "discriminator": settings.discriminator_lr}
     if f is not None:
@@ -304,6 +312,8 @@ def main(argv):
         learning = [p for p in net.parameters() if p.requires_grad]       # with LoRA not all do
         optimizers[name] = torch.optim.AdamW(learning, lr=rates[name], betas=BETAS,
                                              weight_decay=WEIGHT_DECAY, fused=True)
+    # The generator is student and f together: they share one gradient norm, as in the official
+    # code.
     generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
     start = run.restore(networks, optimizers)             # 0, or where a run was interrupted
     recipe = stage2_recipe(settings, preset, init, span, f, len(student.transformer_blocks))
@@ -335,6 +345,7 @@ def main(argv):
                               settings.accumulation)
         for part in parts:
             # ---- 1. the steps before the last: in full, without gradient; the first records Δ0
+            # "training": noises that no sample grid and no evaluation uses.
             noise = image_noise(settings.seed, part["noise"], shape, "training").to(device)
             prompt = prompts.take(part["prompt"])
             with torch.no_grad():
@@ -351,7 +362,7 @@ def main(argv):
                 loss, ranks = discriminator_turn(discriminator, picture, reference)
                 metrics |= {"loss_d": loss.item(), "d_ranks": ranks.item()}
             else:
-                # ---- 3. G: the same step, with gradient
+                # ---- 3. G: the same step, with gradient; no reference is needed
                 sample = last_step(student, x, prompt, sigmas, span, delta, f)
                 loss = generator_turn(discriminator, decode, sample)
                 metrics |= {"loss_g": loss.item()}
@@ -375,6 +386,7 @@ def main(argv):
         done, last, stop = i + 1, i + 1 == settings.iterations, run.stopping()
         run.check_finite(done, **{turn: norm})
         if done % settings.log_every == 0 or last:
+            # An iteration is one turn; both counts tell how many updates that makes.
             generated = sum(turn_of(j) == "generator" for j in range(done))
             run.log(done, **metrics, updates_d=done - generated, updates_g=generated,
                     seconds=time.perf_counter() - begun)
@@ -390,6 +402,7 @@ def main(argv):
             run.leave(done)
 
     # ------------------------------------------------------------- the result
+    # f has a file of its own: a stock transformer folder would drop it with a mere warning.
     if f is not None and first():
         save_tensors(run.folder / "compensation.safetensors", f.state_dict())
     save_transformer(student, run.folder / "student", preset.captions != "tiny", settings.lora_rank)
