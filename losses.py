@@ -208,8 +208,8 @@ def dmd_loss_official(p, p_teacher, p_fake):
 
 
 def fake_score_loss(v, x, x0, sigma):
-    """Flow matching of the fake score on the student's samples (Stage I): mean (v − (x_σ − x̂0)/σ)²,
-    unweighted [official].
+    """Flow matching of the fake score on the student's samples (Stage I): the mean of
+    (v − (x_σ − x̂0)/σ)², unweighted [official].
 
     v is the fake score's velocity at x [B, C, H, W], the re-noised sample at sigma [B]; x0 is the
     student's guess x̂0.

@@ -285,33 +285,35 @@ def save_whole(folder, write):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path, text):
-    """Writes a text file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def save_tensors(path, tensors):
-    """Writes {name: tensor} as one safetensors file, whole or not at all. Several runs may write
-    the same file at once: each has a temporary name of its own."""
+def replace_file(path, write):
+    """Makes one file by write(temporary path), whole or not at all. Several runs may write the same
+    file at once: each has a temporary name of its own."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-              temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Writes a text file whole or not at all."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path, value):
     """Writes a JSON file whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_tensors(path, tensors):
+    """Writes {name: tensor} as one safetensors file, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(path, lambda temporary: save_file(tensors, temporary))
 
 
 def read_json(path):

@@ -13,14 +13,13 @@ Dimension key: B batch, C latent channels, H W latent size, N student steps.
 
 import dataclasses
 import itertools
-import os
 import time
 from pathlib import Path
 
 import torch
 
 from run import (FORMAT, UserError, checkpoints, command, first, load_file, option, parse_settings,
-                 read_json, rng)
+                 read_json, replace_file, rng)
 from cache import CachedSD3, make_compensation, nfe
 from losses import euler, guidance_weight, guide, shift_sigma
 from model import (PRESETS, Decoder, Prompts, call_network, check_base, choose_prompts,
@@ -201,6 +200,7 @@ def recipe_of(preset, stage, steps, alpha, guidance, shape, size=None):
     # itself: the sigmas, no guidance (the student has learnt it), the text length.
     without_t5 = "" if preset.text_length else ", text_encoder_3=None, tokenizer_3=None"
     pixels = f", height={size}, width={size}" if size else ""
+    student = "SD3Transformer2DModel.from_pretrained('RUN/student')"
     return {
         "format": FORMAT,
         "base": preset.name,                              # whose VAE and text encoders it needs
@@ -215,7 +215,7 @@ def recipe_of(preset, stage, steps, alpha, guidance, shape, size=None):
         "latent_shape": list(shape),                      # C, H, W
         "resolution": size,                               # pixels, if not the model's own
         "stock_call": f"StableDiffusion3Pipeline.from_pretrained({preset.source!r}, "
-                      f"transformer=SD3Transformer2DModel.from_pretrained('RUN/student'){without_t5})"
+                      f"transformer={student}{without_t5})"
                       f"(prompt, sigmas={stock_sigmas(steps)}, num_inference_steps={steps}, "
                       f"guidance_scale=1.0, max_sequence_length={preset.text_length}{pixels})"}
 
@@ -335,12 +335,8 @@ def save_pictures(pictures, path, columns):
     # Enlarged without smoothing: what is blurred in the result is blurred by the model.
     scale = max(1, 96 // h)
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first: a viewer never meets half a picture.
-    temporary = path.with_name(f".{path.name}.new")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    # Whole or not at all: a viewer never meets half a picture.
+    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
 # ================================================================== command

@@ -1,10 +1,10 @@
 """The miniature world: pictures drawn by code, their captions, and an exact reader.
 
 A picture shows one shape in one colour on one of four scenes. The caption names shape and colour,
-never the scene; but the scene depends on the shape: its usual scene comes with probability 0.55, the
-three others with 0.15 each. Guidance amplifies the usual scene, as it does for real models, and so
-the mode collapse that the paper cures becomes a number: the share of the usual scene and the entropy
-over scenes.
+never the scene; but the scene depends on the shape: its usual scene comes with probability 0.55,
+the three others with 0.15 each. Guidance amplifies the usual scene, as it does for real models, and
+so the mode collapse that the paper cures becomes a number: the share of the usual scene and the
+entropy over scenes.
 
 The teacher that was trained on this world lies in tiny/sd3: a genuine Stable Diffusion 3 pipeline,
 only small. tiny/make_teacher.py makes it again.
