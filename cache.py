@@ -1,8 +1,9 @@
-"""The block cache and its learned compensation f (paper, cache figure): a second step for two
-thirds of a step.
+"""The block cache and its learned compensation f (paper, cache figure): a second step at two thirds
+of the cost.
 
 In step one the residual of a span of blocks n..m is recorded, of the image and the text stream:
-    Δ0 = O_m,0 − I_n,0           output of block m minus input of block n, in step 0
+    Δ0 = O_m,0 − I_n,0           output of block m minus input of block n; the second index counts
+                                 the steps from 0, as in the paper: 0 is step one
 In step two the span is skipped, and a small MLP f for each stream predicts its residual from Δ0:
     O_m,1 = I_n,1 + f(Δ0)        f(x) = x + W2·GELU(W1·LayerNorm(x))
 
@@ -10,7 +11,8 @@ This file holds f, the transformer's forward written out with the span in it (Ca
 adapter that takes the cached path inside a stock pipeline (BlockCache). It imports nothing of ours,
 so it can be copied out. What trains f is train_stage2.py; what finds a span is tools/find_span.py.
 
-Dimension key: B batch, C latent channels, H W latent size, N image tokens, L text tokens, D width.
+Dimension key: B batch, C latent channels, H W latent size, N image tokens, L text tokens, D width
+of a token, J and P widths of the text embeddings (model.py says what they are).
 """
 
 import torch
@@ -31,7 +33,7 @@ def nfe(steps, span, blocks):
 class Compensation(nn.Module):
     """f of one stream: f(x) = x + W2·GELU(W1·LayerNorm(x)) for x [B, tokens, D].
 
-    It works on each token alone and sees neither time nor text [official].
+    It works on each token alone and is told neither σ nor the prompt [official].
     """
 
     def __init__(self, width):
@@ -71,18 +73,18 @@ class CachedSD3(SD3Transformer2DModel):
     are stock folders (model.save_transformer).
 
     What an MMDiT is: two streams of tokens, image and text, with weights of their own, that meet in
-    the attention of every block. A block takes (image, text, temb) and returns (text, image), each
-    stream with what the block added. temb is one vector for each sample, made of the timestep and
-    the pooled prompt; it scales and shifts the streams inside every block. The last block returns
-    no text: nothing reads it any more. So a span must end before the last block.
+    the attention of every block. A block takes (image, text, temb) and returns (text, image): each
+    stream plus what the block added to it. temb is one vector for each sample, made of the timestep
+    and the pooled prompt; it scales and shifts the streams inside every block. The last block
+    returns no text: nothing reads it any more. So a span must end before the last block.
     """
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, pooled_projections,
                 span=None, delta=None, f=None, return_dict=False):
         """(velocity [B, C, H, W], Δ0 or None) at latents hidden_states [B, C, H, W].
 
-        timestep [B] is 1000·σ. encoder_hidden_states [B, L, joint width] has one vector for each
-        text token, pooled_projections [B, P] one for the whole prompt. The long names are
+        timestep [B] is 1000·σ. encoder_hidden_states [B, L, J] has one vector for each text
+        token, pooled_projections [B, P] one for the whole prompt. The long names are
         diffusers'.
 
         span None            all blocks run; Δ0 is None
@@ -98,7 +100,7 @@ class CachedSD3(SD3Transformer2DModel):
 
         # Both streams become tokens of width D: the image in patches of 2×2 latents.
         image = self.pos_embed(hidden_states).contiguous()                # B×C×H×W → B×N×D
-        text = self.context_embedder(encoder_hidden_states)               # B×L×joint → B×L×D
+        text = self.context_embedder(encoder_hidden_states)               # B×L×J → B×L×D
         temb = self.time_text_embed(timestep, pooled_projections)         # B×D
 
         for i, block in enumerate(self.transformer_blocks):
@@ -162,7 +164,8 @@ class BlockCache:
     """The cached path inside a stock StableDiffusion3Pipeline, in three lines:
 
         cache = BlockCache(pipe.transformer, (1, 4), f)
-        pipe("a red circle", sigmas=[1.0, 0.5], num_inference_steps=2, guidance_scale=1.0)
+        pipe("a red circle", sigmas=[1.0, 0.5], num_inference_steps=2, guidance_scale=1.0,
+             max_sequence_length=0)
         cache.remove()
 
     A pipeline calls its transformer once for each step and knows nothing of Δ0, so it is kept here
@@ -206,6 +209,7 @@ class BlockCache:
                  and hidden_states.shape == self.shape and now < self.timestep)
         if not later:
             self.forget()
+        # CachedSD3's forward needs nothing but the stock sub-modules, so it runs on a stock object.
         velocity, self.delta = CachedSD3.forward(
             self.transformer, hidden_states, timestep, encoder_hidden_states, pooled_projections,
             self.span, self.delta, self.f)

@@ -14,14 +14,15 @@ Dimension key: B batch, C latent channels, H W latent size. Latents are [B, C, H
 sigmas are [B] (or one number) and fp32.
 
 Only Eq. 4 has a known number in the paper. Elsewhere a comment names the part, the figure or the
-official function. Constants carry their origin: [paper], [official] (the released code's value) or
-[ours]. "Deviation n" is an entry of docs/DEVIATIONS.md.
+official function. Constants carry their origin: [paper] ("second hand": quoted by others),
+[official] (the released code's value) or [ours]. "Deviation n" is an entry of docs/DEVIATIONS.md.
 """
 
 import torch
 import torch.nn.functional as F
 
-GRID = 1000         # [official] intervals of the teacher's grid; index i is u = 1 − i/1000
+GRID = 1000         # [official] intervals of the training grid, index i at u = 1 − i/1000; the
+                    # teacher samples on 28 steps of its own (sampler.teacher_sigmas)
 EPSILON = 1e-6      # [ours] keeps divisions finite; the official code divides without one
 
 
@@ -49,13 +50,13 @@ def x0_from_velocity(x, sigma, v):
 
 
 def euler(x, v, sigma, sigma_next):
-    """One straight step along the flow: x at sigma_next from x at sigma. No noise is added
-    (official η = 1)."""
+    """One straight step along the flow: x at sigma_next from x at sigma. No noise is added (the
+    official code calls this η = 1; it is not DDIM's η)."""
     return x + (to_shape(sigma_next, x) - to_shape(sigma, x)) * v
 
 
 def renoise(x, a, b, noise):
-    """x at level a to level b ≥ a with fresh noise (Stage I; official: the processor's re-noising).
+    """x at level a to level b ≥ a with fresh noise (Stage I; official: processor.py).
 
     x_b = k·x_a + √(b² − (a·k)²)·noise   with   k = (1 − b)/(1 − a)
     """
@@ -67,7 +68,7 @@ def renoise(x, a, b, noise):
     k = torch.where(a < 1, (1 - b) / (1 - a).clamp(min=EPSILON), torch.ones_like(a))
     # The shrinking takes the old noise with it, from a down to a·k, which is less than b. Variances
     # of independent noises add, so b² − (a·k)² is missing. Draw exactly that much, no more.
-    # At b = a float error can make the difference negative, and its root NaN: clamp it.
+    # At b ≈ a float error can make the difference negative, and its root NaN: clamp it.
     variance = (b ** 2 - (a * k) ** 2).clamp(min=0)
     return k * x + variance.sqrt() * noise
 
@@ -100,10 +101,10 @@ def guide(v_cond, v_uncond, weight):
 # ================================================================== which level to re-noise to
 
 def importance_curve(name):
-    """Weights [1001] over the teacher's grid index (0 = noise) for drawing the student's re-noise
-    level (Stage I; the small plot "function-c" of the paper's overview figure).
+    """Weights [1001] over the training grid's index (0 = noise) for drawing the student's re-noise
+    level (Stage I; a small plot in the paper's overview figure, titled "function-c").
 
-    official  preset c of the released code
+    official  what the released code calls preset c; it is not the plotted curve
     paper     read off that plot; its axis is taken as the unshifted u [ours, deviation 5]
     uniform   every index alike; the fake score always uses this one [official]
     """
@@ -116,6 +117,7 @@ def importance_curve(name):
         return _interpolate(1 - i / GRID, u, probability).float()
     assert name == "official", name
     # Straight lines through four points: most weight at high noise, where structure is decided.
+    # (How often each step is drawn is another matter: evenly, in train_stage1.draw_batch.)
     line = _interpolate(i, (0, 300, 500, 1000), (0.6, 1.3, 0.05, 0.001))  # [official]
     # Then a Gaussian blur of 100 indices [official]. It acts on the logarithm, because the weights
     # span three orders of magnitude and a plain blur would wash the small ones away.
@@ -138,10 +140,11 @@ def _interpolate(x, xs, ys):
 
 
 def window(k, sigmas, form="window"):
-    """(high, low), each [B]: the levels between which step k [B] of the grid `sigmas` [N + 1] is
-    matched to the teacher."""
+    """(high, low), each [B]: between which levels the sample of step k [B] may be re-noised; low is
+    also where the step ends. sigmas [N + 1] is the student's grid."""
     if form == "x0":
-        # The paper's figure: the step's guess x̂0 is re-noised to any level (deviation 2).
+        # The paper's figure: every step ends at its guess x̂0, which is re-noised to any level
+        # (deviation 2).
         return torch.ones(len(k)), torch.zeros(len(k))
     # The official code: the step leads from σ_k to σ_k+1, and is judged between these two only.
     # Below σ_k+1 the next step takes over; it is drawn, and judged, on its own.
@@ -149,18 +152,19 @@ def window(k, sigmas, form="window"):
 
 
 def draw_sigma(random, high, low, weights, shift=3.0):
-    """Sigmas [B] of the teacher's grid with low < σ ≤ high, drawn with the weights [1001].
+    """Sigmas [B] of the training grid with low < σ ≤ high, drawn with the weights [1001].
 
     random [B] are uniform numbers in [0, 1); high, low [B] come from window().
     """
     sigmas = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)        # 1001, falling from 1
-    # 1. Which grid points lie in each sample's window? (1e-6: float error must not lose the ends.)
+    # 1. Which grid points lie in each sample's window? high belongs to it, low does not; 1e-6 keeps
+    #    it so against float error.
     below_high = sigmas <= high[:, None] + 1e-6                           # B×1001
     above_low = sigmas > low[:, None] + 1e-6                              # B×1001
     inside = below_high & above_low
     assert inside.any(1).all(), "a window without a grid point"
     # 2. The running sum of their weights. Scaling the random number by its last value renormalises
-    #    the weights inside the window (official): of two steps each still gets half of the draws.
+    #    the weights inside the window (official): they decide within a step, not between steps.
     running = (weights.double() * inside).cumsum(1)                       # B×1001
     mark = random[:, None].double() * running[:, -1:]                     # B×1
     # 3. The first grid point whose running sum exceeds the mark.
@@ -171,11 +175,12 @@ def draw_sigma(random, high, low, weights, shift=3.0):
 # ================================================================== Stage I: distribution matching
 
 def dmd_loss(p, p_teacher, p_fake):
-    """Distribution matching (Stage I): a scalar whose gradient by p is, for each sample,
-    (p_fake − p_teacher) / mean|p − p_teacher|, up to the mean over all elements.
+    """Distribution matching (Stage I): a scalar whose gradient with respect to p is
+    (p_fake − p_teacher) / mean|p − p_teacher|, for each sample, times 1/(B·C·H·W).
 
-    p [B, C, H, W] is the student's sample, with gradient. p_teacher and p_fake, without gradient,
-    are where teacher and fake score take the same sample after it was re-noised.
+    p [B, C, H, W] is the student's sample, with gradient. It was re-noised; p_teacher and p_fake,
+    without gradient, are where one Euler step with the teacher's, and with the fake score's,
+    velocity brings the re-noised sample back to the level of p.
     """
     assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
     # Nobody can compute the divergence between the student's and the teacher's distributions. But
@@ -185,15 +190,16 @@ def dmd_loss(p, p_teacher, p_fake):
     # is. The printed value is no distance to anything. Watch the gap |v_teacher − v_fake| instead.
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # Differences are small at low noise and large at high noise. Dividing by the sample's own
-        # mean distance makes all levels count alike. The mean runs over all dimensions but the
-        # batch (deviation 3).
+        # Differences are small at low noise and large at high noise. Dividing by the sample's mean
+        # distance to p_teacher makes all levels count alike (as in DMD: how far the student still
+        # has to go). The mean runs over all dimensions but the batch (deviation 3).
         scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
     return (0.5 * (p - target) ** 2 / scale).mean()
 
 
 def dmd_loss_official(p, p_teacher, p_fake):
-    """The same in the released code's form (deviations 3 and 4), for --loss official."""
+    """The released code's loss, for --loss official: the same target, another normaliser and
+    another distance (deviations 3 and 4)."""
     assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
     with torch.no_grad():
         target = p + p_teacher - p_fake
@@ -202,6 +208,7 @@ def dmd_loss_official(p, p_teacher, p_fake):
         scale = (p - p_teacher).abs().mean((1, 2), keepdim=True) + EPSILON        # B×1×1×W
     # Pseudo-Huber √(e² + c²) − c. Where |e| is much larger than c its gradient is the sign of e:
     # how far teacher and fake score disagree no longer matters, only in which direction.
+    # c grows with the root of the number of latent values, relative to a 4×64×64 latent.
     c = 1e-3 * (p[0].numel() / (64 * 64 * 4)) ** 0.5                              # [official]
     error = p - target
     return (((error ** 2 + c ** 2).sqrt() - c) / scale).mean()
@@ -241,7 +248,7 @@ def discriminator_loss(reference_logits, picture_logits):
 
 def generator_loss(picture_logits):
     """L_G = Σ_heads BCE(picture, 0.8) [official]: the student wants its picture to be taken for a
-    reference, no more certainly than a reference is."""
+    reference, so it has a reference's target."""
     loss = 0.0
     for picture in picture_logits:
         loss = loss + _cross_entropy(picture, LABEL_REAL)

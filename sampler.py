@@ -8,7 +8,8 @@ The grid and the Euler step here are the ones that training uses and that the st
 reproduces when it is called with `sigmas=[...]` (distill.json of a run holds the exact call).
 NFE is the number of network evaluations; guidance doubles an evaluation where it is on.
 
-Dimension key: B batch, C latent channels, H W latent size, N student steps.
+Dimension key: B batch, C latent channels, H W latent size, N student steps, L text tokens, J and P
+widths of the text embeddings (model.py).
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 def sigma_grid(steps):
     """The student's sigmas, fp32 [N + 1], from 1 (noise) to 0: two steps are 1, 0.75, 0; four are
     1, 0.9, 0.75, 0.5, 0 [official, shift 3]."""
-    # Equal steps in u, then the base model's shift: the first step is short in σ and does what the
-    # paper calls structure, the last one is long and leaves the details.
+    # Equal steps in u, then the base model's shift: the first step, short in σ, decides what the
+    # paper calls structure; the last one, long in σ, fills in the details.
     u = 1 - torch.arange(steps + 1) / steps                               # N+1: 1, 0.5, 0
     return shift_sigma(u)                                                 # N+1: 1, 0.75, 0
 
@@ -96,7 +97,7 @@ def roll_out(student, x, prompt, sigmas, span=None, f=None):
     delta = None
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
         v, delta = cached_velocity(student, x, sigma, prompt, span, delta, f)
-        x = euler(x, v, sigma, sigma_next)                # no noise is added [official η = 1]
+        x = euler(x, v, sigma, sigma_next)                # no noise is added
         velocities.append(v)
         latents.append(x)
     return latents, velocities, delta
@@ -384,7 +385,7 @@ def main(argv):
     with torch.inference_mode():
         for images in torch.arange(total).split(settings.batch_size):
             noise = image_noise(settings.seed, images, recipe["latent_shape"]).to(device)
-            prompt = prompts.take(images // settings.num_images)          # image i shows its prompt
+            prompt = prompts.take(images // settings.num_images)          # so many of each
             latents, _, _ = roll_out(student, noise, prompt, sigmas, span, f)
             # The VAE takes them one by one: 1024² pictures need much memory, and the last bits of a
             # picture must not depend on its neighbours.

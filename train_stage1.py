@@ -6,8 +6,8 @@ noise.
     torchrun --nproc-per-node 8 train_stage1.py --model sd3.5-large
 
 Three networks start from the base model: the frozen teacher, the student, and the fake score, which
-learns the distribution of the student's own samples. Each iteration (paper, Stage I; in the
-official code's trajectory-window form):
+learns the distribution of the student's own samples. Each iteration (paper, Stage I; in the form of
+the official code, which matches each step within its own window of noise levels):
   1. roll out    the student runs all its steps, without gradient
   2. fake score  learns by flow matching on the student's samples
   3. student     one of its steps, with gradient; the loss moves it to where the teacher points and
@@ -39,6 +39,9 @@ from sampler import Gallery, guided_velocity, recipe_of, roll_out, sigma_grid
 
 # ================================================================== settings and recipes
 
+LOSSES = {"ours": dmd_loss, "official": dmd_loss_official}     # --loss; a further one goes here
+
+
 @dataclasses.dataclass
 class Settings(CommonSettings):
     # what to train on
@@ -57,7 +60,7 @@ class Settings(CommonSettings):
     form: str = option("window", "match inside the step's window [official], or x0 re-noised to "
                        "any level [paper's figure]", choices=("window", "x0"))
     loss: str = option("ours", "plain score difference, one normaliser a sample [ours], or "
-                       "pseudo-Huber, one an image column [official]", choices=("ours", "official"))
+                       "pseudo-Huber, one an image column [official]", choices=tuple(LOSSES))
     # optimisation
     iterations: int = option(None, "iterations", low=1, high=999_999)
     batch_size: int = option(None, "global batch B", low=1, high=65536)
@@ -135,8 +138,9 @@ def fake_score_turn(fake_score, batch, sigmas, form):
     # on the line from x_k to x̂0.
     x0 = x0_from_velocity(x_k, sigmas[k], v_k)
     p = euler(x_k, v_k, sigmas[k], sigma_end)
-    # Fresh noise brings p from σ_k+1 up to a level σ inside the step's window. (Not from 0: the
-    # teacher will be asked about the student's intermediate sample, which is at σ_k+1.)
+    # Fresh noise brings p from σ_k+1 up to a level σ inside the step's window. Not x̂0 from 0: the
+    # sample that the next step starts from is p, so p is what has to be right. (In the last step
+    # σ_k+1 is 0 and p is x̂0; with --form x0 that is so in every step.)
     x = renoise(p, sigma_end, sigma, batch["noise_fake"])
     # The fake score learns which velocity leads from there to x̂0. So it comes to know where the
     # student goes from each noise level, as the teacher knows it of real pictures.
@@ -158,8 +162,8 @@ def student_turn(student, teacher, fake_score, batch, uncond, sigmas, settings):
     p = euler(x_k, v, sigmas[k], sigma_end)                     # B×C×H×W
 
     # Two networks judge the same re-noised sample, without gradient. Each takes one step from σ
-    # back to σ_k+1: p_teacher is where real pictures lie, p_fake where the student's own samples
-    # lie.
+    # back to σ_k+1. p_teacher is where it would go if it came from a real picture, p_fake where it
+    # would go if it came from the student.
     with torch.no_grad():
         x = renoise(p, sigma_end, sigma, batch["noise_student"])
         v_teacher = guided_velocity(teacher, x, sigma, prompt, uncond, settings.guidance,
@@ -169,9 +173,8 @@ def student_turn(student, teacher, fake_score, batch, uncond, sigmas, settings):
         p_fake = euler(x, v_fake, sigma, sigma_end)
         gap = (v_teacher - v_fake).abs().mean((1, 2, 3))        # B
 
-    # Their difference is the direction in which the student's distribution has to move.
-    loss = dmd_loss_official if settings.loss == "official" else dmd_loss
-    return loss(p, p_teacher, p_fake), gap
+    # p_teacher − p_fake is the direction in which the student's distribution has to move.
+    return LOSSES[settings.loss](p, p_teacher, p_fake), gap
 
 
 def at_step(path, k):
@@ -202,6 +205,7 @@ def draw_batch(i, settings, shape, sigmas, texts):
                                         *window(k, sigmas, settings.form),
                                         importance_curve(settings.importance))
     batch["noise_student"] = torch.randn(B, *shape, generator=g)
+    # From a generator of its own: the draws above do not depend on the number of prompts.
     batch["prompt"] = torch.randint(len(texts), (B,), generator=rng(settings.seed, i, "prompts"))
     return batch
 
@@ -247,8 +251,8 @@ def main(argv):
     recipe_file = run.folder / "distill.json"
     if first() and not recipe_file.exists():
         write_json(recipe_file, recipe)
-    sigmas = sigma_grid(settings.steps)                         # N + 1 levels, 1 … 0, on the CPU
-    levels = sigmas.to(device)                                  # the same where the networks are
+    sigmas_cpu = sigma_grid(settings.steps)                     # N + 1 levels, 1 … 0
+    sigmas = sigmas_cpu.to(device)                              # the same where the networks are
     gallery = Gallery(preset, prompts)
 
     # ------------------------------------------------------------- train
@@ -256,21 +260,23 @@ def main(argv):
     bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
                desc="stage 1", disable=not first())
     for i in bar:
-        batch = draw_batch(i, settings, shape, sigmas, texts)
+        batch = draw_batch(i, settings, shape, sigmas_cpu, texts)
         parts = load_batch(batch, prompts, device, settings.accumulation)
 
-        # ---- 1. roll out: the student's own path; 2. the fake score follows it
+        # ---- 1. roll out: the student's own path, kept in the part, for both turns
+        #      2. the fake score follows it
         for part in parts:
             add_path(part, student, sigmas)
-            loss = fake_score_turn(fake_score, part, levels, settings.form)
+            loss = fake_score_turn(fake_score, part, sigmas, settings.form)
             (loss / len(parts)).backward()                      # mean of parts = mean of the batch
             part["loss_fake"] = loss.detach()
+        # Clips, steps and clears the gradients.
         norm_fake = clip_and_step([optimizers["fake_score"]], CLIP_FAKE)
 
         # ---- 3. the student moves along teacher minus fake score
         for part in parts:
             uncond = prompts.uncond(len(part["noise"]))
-            loss, part["gap"] = student_turn(student, teacher, fake_score, part, uncond, levels,
+            loss, part["gap"] = student_turn(student, teacher, fake_score, part, uncond, sigmas,
                                              settings)
             (loss / len(parts)).backward()
             part["loss_student"] = loss.detach()
@@ -330,7 +336,8 @@ def measure(parts):
     metrics = {"gap": gap.mean().item()}
     for name in ("loss_fake", "loss_student"):
         metrics[name] = sum(part[name].item() for part in parts) / len(parts)
-    # |v_teacher − v_fake| by re-noise level. Above α it starts small: nobody is guided there.
+    # |v_teacher − v_fake| by re-noise level. The bins are those of two steps and α = 0.94: above
+    # α the gap starts small, since nobody is guided there.
     for low, high in ((0, 0.5), (0.5, 0.75), (0.75, 0.94), (0.94, 1)):
         metrics[f"gap_{low}_{high}"] = gap[(sigma > low) & (sigma <= high)].mean().item()
     metrics["x0_mean"] = x0.mean().item()

@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from cache import make_compensation, nfe
-from losses import discriminator_loss, euler, generator_loss
+from losses import discriminator_loss, euler, generator_loss, guidance_weight
 from model import (Decoder, Discriminator, Prompts, add_lora, check_base, choose_prompts,
                    draw_pool, find_preset, frozen_dtype, load_transformer, parse_span, pick_device,
                    place, save_transformer)
@@ -73,8 +73,8 @@ TINY = dict(                    # [ours] all by trial, so that a laptop does it 
     batch_size=32,
     student_lr=1e-5,
     compensation_lr=3e-4,       # at 1e-3 f itself collapses the scenes
-    discriminator_lr=2e-3,      # the miniature's heads have 1/500 of the turns to learn in
-    warmup=150,
+    discriminator_lr=2e-3,      # by trial; its heads have a seventh of the turns to learn in
+    warmup=150,                 # of them 33 are G's
     pool=24,                    # all captions of the miniature world
     checkpoint_every=300,
     sample_every=200,
@@ -92,13 +92,14 @@ SD3 = dict(
 )
 BETAS = (0.9, 0.95)             # [official] all three; [paper, second hand] too
 WEIGHT_DECAY = 1e-4             # [official]
-CLIP = 2.0                      # [official] largest gradient norm of student and f jointly; D: none
+CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly; D: none
 D_ONLY = 50                     # [official] turns of the discriminator alone at first
 D_PER_G = 2                     # [official] then so many of its turns for one of the generator
 
 
 def turn_of(i):
-    """Whose turn iteration i is [official]: 50 of the discriminator, then 2 D : 1 G."""
+    """Whose turn iteration i is, counted from 0 [official]: D in 0 … 50, then G in 51, 54, 57 … and
+    D in between."""
     # Heads that start at random say nothing of use. They get a lead, and later twice as many turns,
     # so that the student is always judged by heads that know its newest pictures.
     if i >= D_ONLY and i % (D_PER_G + 1) == 0:
@@ -162,11 +163,10 @@ def resolve(settings):
 # ================================================================== the two kinds of turns
 
 def last_step(student, x, prompt, sigmas, span, delta, f):
-    """The student's sample [B, C, H, W], from x at the last but one of sigmas: the step that
-    learns.
+    """The student's sample [B, C, H, W]: its last step, from x at σ_N−1 to 0, the one that learns.
 
-    It is the step that inference takes, too: the span skipped, f(Δ0) in its place. A student that
-    were trained on full steps would meet f's small errors for the first time when it is used.
+    It is exactly the step that inference takes: the span skipped, f(Δ0) in its place. If the
+    student were trained on full steps, it would first meet f's errors at inference.
     """
     sigma, sigma_end = sigmas[-2].item(), sigmas[-1].item()               # 0.75 and 0
     v, _ = cached_velocity(student, x, sigma, prompt, span, delta, f)
@@ -175,8 +175,8 @@ def last_step(student, x, prompt, sigmas, span, delta, f):
 
 def discriminator_turn(discriminator, picture, reference):
     """The discriminator's loss, a scalar, and how often it ranks a reference above a picture
-    (paper, Stage II). Both pictures are [B, 3, H, W], without gradient: only the heads learn
-    here."""
+    (paper, Stage II). picture and reference are [B, 3, 8H, 8W], without gradient: only the heads
+    learn here."""
     # One pass for both, so that both are judged by the same weights: spectral norms change a little
     # with every pass in train mode.
     logits = discriminator(torch.cat([reference, picture]))               # heads × [2B, places]
@@ -199,8 +199,8 @@ def generator_turn(discriminator, decode, latents):
 
 
 def draw_batch(i, settings, chosen, texts):
-    """The numbers of the noises and of the prompts of iteration i, {"noise": [B], "prompt": [B]},
-    for the whole batch. They depend on (seed, i) alone. chosen [R] are the references' prompts."""
+    """Which noises and prompts iteration i takes, as indices {"noise": [B], "prompt": [B]}, for the
+    whole batch. They depend on (seed, i) alone. chosen [R] are the references' prompts."""
     B, R = settings.batch_size, settings.references
     g = rng(settings.seed, i, "batch")
     if turn_of(i) == "discriminator":
@@ -231,8 +231,8 @@ def make_references(settings, preset, init, prompts, chosen, decode, run):
         maker, _, _ = load_student(settings.reference, preset, other, device)
         maker = maker.to(frozen_dtype(device))
         grid, w = sigma_grid(other["steps"]), 1.0         # a student is not guided
-    # The noise is the one that the student will start from: reference and picture then show the
-    # same layout, and D has to look at the details (official).
+    # The noise is the one that the student will start from, as in the official code. So reference
+    # and picture usually show the same layout, and what tells them apart is detail.
     # Not sharded: each process makes its share without waiting for the others.
     mine = share(torch.arange(settings.references))
     pictures = []
@@ -252,7 +252,8 @@ def make_references(settings, preset, init, prompts, chosen, decode, run):
 def references_file(settings, preset, init, prompts_sha256):
     """Where the references lie: beside the run folders, named by all that they depend on, so that
     runs which differ in something else share them."""
-    # Prompts, noises, size, guidance and the weights of whoever makes them.
+    # Prompts, noises, size, the weights of whoever makes them, and the guidance: not only w and α
+    # but the rule itself, so that a changed guidance_weight makes new references.
     about = [preset.source, settings.reference, settings.references, settings.seed, prompts_sha256,
              init["latent_shape"], init["alpha"], init["guidance"]]
     maker = Path(preset.source) / "transformer"
@@ -260,6 +261,7 @@ def references_file(settings, preset, init, prompts_sha256):
         maker = Path(settings.reference) / "student"
     for file in sorted(maker.glob("*.safetensors")):      # other weights in the same folder
         about.append(file.stat().st_mtime_ns)
+    about += guidance_weight(torch.linspace(1, 0, 101), init["guidance"], init["alpha"]).tolist()
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
     return Path(settings.out).parent / f"references-{name}" / "pictures.safetensors"
 
@@ -287,7 +289,8 @@ def main(argv):
         return
 
     # ------------------------------------------------------------- student, f, discriminator
-    # No teacher and no fake score any more, so Stage II needs far less memory than Stage I.
+    # No fake score any more, and the teacher only while it makes the references: Stage II needs far
+    # less memory than Stage I.
     prompts = Prompts(preset, texts, device)              # frees the text encoders again
     student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"))
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
@@ -331,11 +334,12 @@ def main(argv):
         pictures = make_references(settings, preset, init, prompts, chosen, decode, run)
         if first():
             save_tensors(kept, {"pictures": pictures})
-    run.stopping()                                        # all wait until they are written
+    run.stopping()                                        # asks all processes, so all wait here
     references = load_file(kept)["pictures"]              # R×3×8H×8W, uint8
 
     # ------------------------------------------------------------- train
-    begun, metrics = time.perf_counter(), {}
+    begun = time.perf_counter()
+    metrics = {}                                          # the newest value of each
     bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
                desc="stage 2", disable=not first())
     for i in bar:
@@ -344,7 +348,8 @@ def main(argv):
         parts = micro_batches({name: share(numbers) for name, numbers in batch.items()},
                               settings.accumulation)
         for part in parts:
-            # ---- 1. the steps before the last: in full, without gradient; the first records Δ0
+            # ---- 1. the steps before the last, without gradient: the first in full, recording Δ0
+            #      (with more than two steps those in between are cached)
             # "training": noises that no sample grid and no evaluation uses.
             noise = image_noise(settings.seed, part["noise"], shape, "training").to(device)
             prompt = prompts.take(part["prompt"])
@@ -372,11 +377,11 @@ def main(argv):
         if turn == "discriminator":
             metrics["norm_d"] = norm = clip_and_step([optimizers["discriminator"]])
         elif i < settings.warmup:
-            # f is still plain reuse, and the heads are beginners. Let f find its place first, so
-            # that the student is not bent to errors that f will mend (paper's warm-up).
-            metrics["norm_g"] = norm = clip_and_step([optimizers["compensation"]], CLIP)
+            # Warm-up [paper, second hand]: f alone. Otherwise the student would adapt to errors
+            # that f, which still is plain reuse, will soon remove by itself.
+            metrics["norm_g"] = norm = clip_and_step([optimizers["compensation"]], CLIP_GENERATOR)
         else:
-            metrics["norm_g"] = norm = clip_and_step(generator, CLIP)
+            metrics["norm_g"] = norm = clip_and_step(generator, CLIP_GENERATOR)
         # G's loss leaves gradients in the heads, and in the student during the warm-up: nobody may
         # take them into another turn.
         for optimizer in optimizers.values():
