@@ -333,11 +333,14 @@ def versions():
     """Versions, commit and machine: what a number must carry to be trusted."""
     import diffusers
     import transformers
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-                         capture_output=True, text=True)
+    commit = None
+    with contextlib.suppress(OSError):                    # the git program is optional
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short",
+                              "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     return {"torch": torch.__version__, "diffusers": diffusers.__version__,
             "transformers": transformers.__version__, "python": platform.python_version(),
-            "commit": git.stdout.strip() or None, "machine": platform.machine(),
+            "commit": commit, "machine": platform.machine(),
             "cores": os.cpu_count(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
