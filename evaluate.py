@@ -1,50 +1,56 @@
-"""Measures runs beside their teacher and the data: one table, results.json and pictures.
+"""Measures runs beside their teacher and the data: one table, results.json and a picture.
 
     python evaluate.py                                  # the default runs, the teacher, the data
     python evaluate.py --checkpoint runs/a runs/b --samples-per-prompt 64 --out results/compare
     python evaluate.py --model sd3-medium --checkpoint RUN --prompts FILE --out results/medium
-    python evaluate.py --benchmark                      # seconds of 28×2, two and 1.67 steps
 
-Every row samples the same prompts from the same start noises. In the miniature world the exact
-reader says whether the caption is right (prompt accuracy), how often the shape stands on its usual
-scene, and the entropy over scenes in nats: the collapse that the paper cures shows as a usual scene
-near 1 and an entropy near 0. The plug-in entropy grows with the samples per caption (data: 0.96 at
-8, 1.13 at 32, 1.16 at 64). Real models have CLIP score, PickScore and LPIPS instead; their pictures
-are kept, and the same command goes on where it was interrupted. Seconds count sampling and
-decoding, not the text encoders. Measures and intervals: metrics.py.
+Each row of the table is one way of making pictures: the teacher in 56 network evaluations, a run in
+1.67, that run without its cache. All rows sample the same prompts from the same start noises. Then
+a meter looks at the pictures; in the miniature world it is the exact reader (tiny/world.py):
 
-Rows belong in one table only if their protocol is the same: --add takes the rows of an earlier
-results.json or refuses them. A Stage II run is compared, prompt by prompt, with the Stage I run
-that it started from.
+    prompt_accuracy      share of pictures that show the caption's shape and colour; 1 is best
+    usual_scene          share of pictures on the shape's usual scene; data 0.55, collapse 1
+    scene_entropy        of a caption's pictures, in nats; collapse 0. It grows with n (data: 0.96
+                         at 8 samples a caption, 1.13 at 32, 1.16 at 64): compare it at one n
+    diversity            mean distance of a prompt's pictures from each other, in features
+    frechet_to_teacher   distance of all pictures from those of the α-guided teacher; 0 is best
+    frechet_to_data      the same from freshly drawn pictures
+
+Real models have CLIP score, PickScore and LPIPS instead of the first three (tools/real_metrics.py).
+Seconds count sampling and decoding, not the text encoders; speedup is against the teacher's 28 × 2.
+Brackets are 95 % intervals. A second table compares each run, prompt by prompt, with the Stage I
+run that it started from. Read main() first: it goes through all this in order.
+
+Dimension key: P prompts, n pictures for each, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import itertools
-import json
-import os
-import re
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from cache import BlockCache
-from metrics import Measured, RealMeter, TinyMeter, compare, weights_hash
-from model import (Decoder, PromptBook, check_base, default_prompts, find_preset, load_transformer,
-                   pick_device, read_prompts, save_pictures)
-from run import (UserError, command, option, parse_settings, read_json, rng, versions, write_json,
+from run import (UserError, command, fill_in, option, parse_settings, rng, versions, write_json,
                  write_text)
+from cache import NOTHING
+from losses import guidance_weight
+from model import (Decoder, Prompts, check_base, default_prompts, find_preset, load_transformer,
+                   loading, parse_span, pick_device, read_prompts)
 from sampler import (TEACHER_STEPS, count_nfe, image_noise, load_scheduler, load_student,
-                     read_recipe, roll_out, sample_guided, sigma_grid, teacher_sigmas)
+                     read_recipe, roll_out, sample_guided, save_pictures, sigma_grid,
+                     teacher_sigmas)
+from tiny.world import CAPTIONS, draw, measure, sample_labels
 
 MEASURES = ("prompt_accuracy", "usual_scene", "scene_entropy", "clip_score", "pick_score",
             "diversity", "lpips", "frechet_to_teacher", "frechet_to_data")
 COLUMNS = ("name", "nfe_blocks", "nfe_flops", "seconds_per_image", "speedup", *MEASURES)
+CHANGES = ("accuracy_points", "entropy_ratio", "frechet_change")          # against its own Stage I
 
+
+# ================================================================== settings
 
 @dataclasses.dataclass
 class Settings:
@@ -52,338 +58,488 @@ class Settings:
     model: str = option("tiny", "base model of the runs")
     prompts: str = option(None, "file of prompts: text, one a line, or JSON lines with \"prompt\" "
                           "(tiny: its 24 captions)")
-    seed: int = option(1, "start noises come from (seed, image index); not the training's",
-                       low=0, high=2**31 - 1)
+    seed: int = option(1, "of the start noises; not the training's", low=0, high=2**31 - 1)
     samples_per_prompt: int = option(None, "n, samples for each prompt (tiny: 32, others: 4)",
                                      low=2, high=4096)
-    batch_size: int = option(None, "images at a time; changes no picture (tiny: 128, others: 4)",
-                             low=1)
+    batch_size: int = option(None, "images at a time (tiny: 128, others: 4)", low=1)
     teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only "
                           "the one that Fréchet distances are taken to",
                           choices=("yes", "alpha", "no"))
-    own_path: bool = option(False, "of each run its own path only, neither without the cache nor "
-                            "with another one")
+    own_path: bool = option(False, "of each run only the path that it was trained for")
     out: str = option(None, "folder for results.json, table.md, grid.png (default: results/MODEL)")
-    add: list = option(None, "results.json of earlier evaluations of the same protocol")
     clip: str = option(None, "folder or hub id of the CLIP score's CLIPModel")
     pickscore: str = option(None, "folder or hub id of PickScore's CLIPModel")
     dino: str = option(None, "folder or hub id of the Dinov2Model")
-    benchmark: bool = option(False, "time 28×2, two and 1.67 steps instead: benchmark.py, its "
-                             "options too")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
     debug: bool = option(False, "show tracebacks")
 
 
-# ----------------------------------------------------------------------------- the table
-
-def table(rows):
-    """The rows as a Markdown table with intervals in brackets, then what changed against each run's
-    own Stage I."""
-    def cell(row, column):
-        value = row[column]
-        if value is None or isinstance(value, str):
-            return value or ""
-        if column not in MEASURES:
-            return f"{value:.4g}" if column.startswith("nfe") else f"{value:.3g}"
-        low, high = row[f"{column}_interval"]
-        return f"{value:.3f} [{low:.2f}, {high:.2f}]"
-
-    def change(against):
-        return " | ".join("" if against[key] is None else
-                          f"{against[key]:.{d}f} [{', '.join(f'{v:.{d}f}' for v in interval)}]"
-                          for key, d in (("accuracy_points", 2), ("entropy_ratio", 3),
-                                         ("frechet_change", 3))
-                          for interval in [against[f"{key}_interval"]])
-    columns = [c for c in COLUMNS if any(row[c] is not None for row in rows)]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(cell(row, column) for column in columns) + " |" for row in rows]
-    compared = [row for row in rows if row.get("against", {}).get("name") not in (None,
-                                                                                  row["name"])]
-    if compared:
-        lines += ["", "| run | against | accuracy, points | entropy, ratio | Fréchet, change |",
-                  "|" + " --- |" * 5]
-        lines += [f"| {row['name']} | {row['against']['name']} | {change(row['against'])} |"
-                  for row in compared]
-    return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------- rows
-
-def safe(name):
-    """A name as one part of a path, whatever is in it."""
-    return re.sub("[^A-Za-z0-9.=-]+", "_", name).strip("._") or "unnamed"
-
-
-class Album:
-    """The pictures of one row, image i at place i: in memory, or in a folder (real models), one PNG
-    each, with images.jsonl telling prompt, seed and seconds of every one.
-
-    A folder that holds part of them already goes on from there; `about` says what they are, and a
-    folder of other pictures is refused.
-    """
-
-    def __init__(self, about, folder=None):
-        self.folder, self.pictures, self.lines = folder, {}, {}
-        if folder is None:
-            return
-        stamp, self.log = folder / "about.json", folder / "images.jsonl"
-        if stamp.exists() and read_json(stamp) != about:
-            raise UserError(f"{folder} holds pictures of another recipe, seed, prompts or version; "
-                            "give another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(stamp, about)
-        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else ():
-            # a kill cuts off lines, a full disk pictures; SyntaxError is PIL's word for that
-            with contextlib.suppress(ValueError, KeyError, TypeError, OSError, SyntaxError):
-                entry = json.loads(line)
-                with Image.open(self.path(entry["index"])) as image:
-                    image.load()
-                self.lines[entry["index"]] = entry
-        write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in self.lines.values()))
-
-    def path(self, index):
-        """Where image `index` is kept: no prompt can name a file elsewhere."""
-        return self.folder / f"{index:06d}.png"
-
-    def put(self, index, picture, **told):
-        """Keeps picture [3, H, W]; told: prompt, seed, seconds, passes."""
-        self.lines[index] = {"index": index, **told}
-        if self.folder is None:
-            self.pictures[index] = picture
-            return
-        pixels, new = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8), self.folder / ".new"
-        Image.fromarray(pixels.numpy()).save(new, format="PNG")
-        os.replace(new, self.path(index))
-        self.lines[index]["file"] = self.path(index).name
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(self.lines[index]) + "\n")
-
-    def get(self, indices):
-        """Pictures [n, 3, H, W] in [0, 1]."""
-        if self.folder is None:
-            return torch.stack([self.pictures[i] for i in indices])
-        return torch.stack([torch.from_numpy(np.array(Image.open(self.path(i)).convert("RGB")))
-                            for i in indices]).permute(0, 3, 1, 2) / 255
-
-    def seconds(self):
-        """Mean seconds of an image."""
-        return sum(line["seconds"] for line in self.lines.values()) / len(self.lines)
-
-
-def teacher_rows(preset, first, which, device):
-    """(name, recipe, sampler) of the teacher's rows, guided by the first run's α and w; the first
-    row is what Fréchet distances are taken to. sampler(noise, prompt, uncond) -> (latents, passes).
-    """
-    if which == "no":
-        return
-    teacher = load_transformer(preset).to(device)
-    stock, own = teacher_sigmas(load_scheduler(preset)), sigma_grid(first["steps"])
-    w, alpha, weights = first["guidance"], first["alpha"], weights_hash(teacher)
-    for name, sigmas, guidance, a in (
-            (f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha),
-            (f"teacher, w = {w:g} everywhere", stock, w, 1.0),
-            ("teacher, no guidance", stock, 1.0, 1.0),
-            (f"teacher at {first['steps']} steps, not distilled", own, 1.0, 1.0))[
-                :1 if which == "alpha" else None]:
-        recipe = {"steps": len(sigmas) - 1, "guidance": guidance, "alpha": a, "span": None,
-                  "sigmas": [round(s, 6) for s in sigmas.tolist()], "weights": weights}
-        yield name, recipe, lambda x, prompt, uncond, g=(sigmas, guidance, a): sample_guided(
-            teacher, x, prompt, uncond, *g)
-
-
-def run_rows(run, recipe, preset, span, device):
-    """(name, recipe, sampler) of a run's rows: its own path and, of Stage II, without the cache and
-    with plain reuse. span is what a Stage I run skips for comparison, or None."""
-    student, f = load_student(run, preset, recipe, device)
-    own = recipe["cached_blocks"]
-    paths = [("", f, "reuse" if own else None)]
-    if own:
-        paths.append((", no cache", None, None))
-    if span and (f or recipe["stage"] == 1):
-        paths.append((", plain reuse", None, "reuse"))
-    if span and recipe["stage"] == 1:
-        paths.append((", span skipped", None, "skip"))
-    told = {key: recipe[key] for key in ("stage", "iteration", "steps", "sigmas", "guidance",
-                                         "alpha")}
-    weights = weights_hash(student, *([f] if f else []))
-    for suffix, use, later in paths:
-        def sampler(x, prompt, uncond, use=use, later=later):
-            cache = BlockCache(student, span, use) if later else None
-            latents = roll_out(student, x, prompt, sigma_grid(recipe["steps"]), cache, later)[0]
-            if cache:
-                cache.remove()
-            return latents[-1], None
-        yield run.name + suffix, {"run": str(run), "path": suffix, **told,
-                                  "span": span if later else None, "weights": weights}, sampler
-
-
-def added_rows(paths, protocol):
-    """The rows of earlier results.json; UserError that names the keys in which their protocol
-    differs: pictures of other prompts, seeds or code do not compare."""
-    rows = []
-    for path in paths or ():
-        other = read_json(path)
-        theirs, found = other.get("protocol"), other.get("rows")
-        if not isinstance(theirs, dict) or not isinstance(found, list) or not all(
-                isinstance(row, dict) and {*COLUMNS, "recipe"} <= row.keys() for row in found):
-            raise UserError(f"--add {path} is no results.json of this version")
-        differing = [f"{key} is {str(theirs.get(key))[:60]} there, {str(protocol.get(key))[:60]} "
-                     "here" for key in sorted(theirs.keys() | protocol.keys())
-                     if theirs.get(key) != protocol.get(key)]
-        if differing:
-            raise UserError(f"--add {path} was measured by another protocol, its rows do not "
-                            f"belong in one table: {'; '.join(differing)}")
-        rows += found
-    return rows
-
-
-# ----------------------------------------------------------------------------- command
-
-@command
-def main(argv):
-    if "--benchmark" in argv:
-        from benchmark import main as benchmark
-        return benchmark([word for word in argv if word != "--benchmark"])
-    settings = parse_settings(Settings, argv, "evaluate.py", __doc__.split("\n\n")[0])
-    from tqdm import tqdm
-    preset, device = find_preset(settings.model), pick_device(settings.device)
+def resolve(settings):
+    """Fills in what was not given and checks what belongs together, before anything is loaded.
+    Returns the preset, the texts of the prompts and {run folder: its distill.json}."""
+    preset = find_preset(settings.model)
     tiny_world = preset.captions == "tiny"
+    fill_in(settings, {"samples_per_prompt": 32 if tiny_world else 4,
+                       "batch_size": 128 if tiny_world else 4,
+                       "out": f"results/{settings.model.strip('/').split('/')[-1]}"})
+    pick_device(settings.device)
+    if not tiny_world and not (settings.checkpoint and settings.prompts):
+        raise UserError("real models need --checkpoint RUN and --prompts FILE")
+    if Path(settings.out).is_file():
+        raise UserError(f"--out {settings.out} is a file; give a folder")
     runs = [Path(run) for run in settings.checkpoint or ["runs/tiny-stage1"]]
     if not settings.checkpoint and Path("runs/tiny-stage2/distill.json").exists():
         runs.append(Path("runs/tiny-stage2"))
-    if not tiny_world and not (settings.checkpoint and settings.prompts):
-        raise UserError("real models need --checkpoint RUN and --prompts FILE")
-    out = Path(settings.out or f"results/{safe(preset.name)}")
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; give a folder")
     recipes = {run: read_recipe(run) for run in runs}
-    first = recipes[runs[0]]                                            # its α, w guide the teacher
     for run, recipe in recipes.items():
         if recipe["base"] != preset.name:
             raise UserError(f"{run} was distilled from {recipe['base']}, not from {preset.name}")
-        if recipe["latent_shape"] != first["latent_shape"]:
+        # All rows start from the same noises, so these need one shape.
+        if recipe["latent_shape"] != recipes[runs[0]]["latent_shape"]:
             raise UserError(f"{run} makes pictures of another size than {runs[0]}")
+    # Rows are named after their run's folder.
     if len({run.name for run in recipes}) < len(recipes):
         raise UserError("two of the runs have the same name; the table could not tell them apart")
-    prompts = read_prompts(settings.prompts) if settings.prompts else default_prompts(preset)
-    if tiny_world and set(prompts) - set(default_prompts(preset)):
+    texts = read_prompts(settings.prompts) if settings.prompts else default_prompts(preset)
+    if tiny_world and set(texts) - set(CAPTIONS):
         raise UserError(f"--prompts {settings.prompts}: the exact reader knows the 24 captions of "
                         "the miniature only, such as \"a red circle\"")
-
-    # ------------------------------------------------------------------ what every row shares
     check_base(preset)
-    n = settings.samples_per_prompt or (32 if tiny_world else 4)
-    meter = (TinyMeter(preset) if tiny_world
-             else RealMeter(settings.clip, settings.pickscore, settings.dino))
-    stamp = versions()
-    made = {key: stamp.pop(key) for key in ("machine", "cores", "date")} | {"device": str(device)}
-    pictures_of = {"model": preset.name, "seed": settings.seed, "samples_per_prompt": n,
-                   "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-                   "images": n * len(prompts), "latent_shape": first["latent_shape"], **stamp}
-    reference = {"steps": TEACHER_STEPS, "guidance": first["guidance"], "alpha": first["alpha"]}
-    protocol = pictures_of | {
-        "resize": meter.resize, "frechet_to": None if settings.teacher == "no" else reference,
-        **{f"{name}_sha256": weights_hash(net) for name, net in meter.named_children()}}
-    added = added_rows(settings.add, protocol)
-    groups = torch.arange(n * len(prompts)).view(-1, n).tolist()    # prompt c has images groups[c]
-    batches = torch.arange(n * len(prompts)).split(
-        settings.batch_size or (128 if tiny_world else 4))
-    book = PromptBook(preset, device, lambda i: [prompts[j // n] for j in batches[i].tolist()],
-                      len(batches))
-    decode = Decoder(preset, device)
+    return preset, texts, recipes
 
-    # ------------------------------------------------------------------ sampling, row by row
-    def jobs():
-        yield from teacher_rows(preset, first, settings.teacher, device)
-        # a Stage I run is shown with the span that the first of its Stage II runs skips, too
-        spans = {Path(recipe.get("init") or "").name: recipe["cached_blocks"]
-                 for recipe in reversed(recipes.values()) if recipe["cached_blocks"]}
-        for run, recipe in recipes.items():
-            span = recipe["cached_blocks"] or spans.get(run.name)
-            yield from itertools.islice(run_rows(run, recipe, preset, span, device),
-                                        1 if settings.own_path else None)
 
-    def fill(name, album, sampler):
-        """Samples the pictures of a row that its album does not hold yet."""
-        for i, batch in enumerate(tqdm(batches, desc=name, leave=False)):
-            batch = [j for j in batch.tolist() if j not in album.lines]
-            if not batch:
+# ================================================================== what a picture is worth
+
+def load_network(cls, source):
+    """A frozen network of a transformers class from a folder or hub id."""
+    network, report = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True,
+                                          use_safetensors=True)   # a pickle could run code
+    if report["missing_keys"]:
+        # transformers fills these with random numbers and a mere notice. So would be the score.
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"cannot load a {cls.__name__} from {source}: {len(missing)} of its "
+                        f"weights are not there, {missing[0]} for one")
+    return network.eval().requires_grad_(False)
+
+
+def weights_hash(*modules):
+    """The first 16 digits of the sha256 of all weights: which network it was, wherever it lay."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class TinyMeter(torch.nn.Module):
+    """The exact reader and, for the features, a small ConvNeXt out of the tiny teacher's folder."""
+    resize, missing = None, {}          # told in results.json: nothing is resized, nothing missing
+
+    def __init__(self, preset):
+        super().__init__()
+        from transformers import ConvNextV2Backbone
+        # Not the discriminator's backbone: Stage II learns to please that one, so a distance in
+        # its features would flatter Stage II. This one has another seed, depth and width.
+        with loading("the metric backbone", preset.source):
+            self.metric_backbone = load_network(ConvNextV2Backbone,
+                                                Path(preset.source) / "metric_backbone")
+
+    def forward(self, pictures, prompt):
+        """({name: number}, features [n, F]) of pictures [n, 3, 32, 32] of one of the captions."""
+        # The reader compares a picture with all that the world can draw. It has no weights, so no
+        # training can fool it.
+        read = measure(pictures, torch.full((len(pictures),), CAPTIONS.index(prompt)))
+        values = {"prompt_accuracy": read["correct"].mean(), "usual_scene": read["usual"].mean(),
+                  "scene_entropy": read["scene_entropy"]}
+        x = pictures.to(self.metric_backbone.device) * 2 - 1              # to [−1, 1]
+        maps = self.metric_backbone(x).feature_maps
+        return values, maps[-1].mean((2, 3)).cpu()                        # n×F×h×w → n×F
+
+
+def frechet(a, b):
+    """Fréchet distance between the Gaussians that fit features a and b [..., F]:
+    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2·(Σ_a·Σ_b)^½). FID is this with Inception's features."""
+    a, b = a.flatten(0, -2), b.flatten(0, -2)                             # pictures × F
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                         # F×F
+    # Σ_a·Σ_b is not symmetric, and its root is awkward. But Σ_a^½·Σ_b·Σ_a^½ is symmetric and has
+    # the same eigenvalues; the trace of its root is the sum of their roots. Rounding can push an
+    # eigenvalue of 0 below 0, whose root would be NaN: clamp it.
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T               # Σ_a^½
+    middle = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * middle
+
+
+# ================================================================== how sure we are of it
+
+# [ours] Each round of a Fréchet distance costs two eigendecompositions, so there are fewer of them.
+# A draw has fewer distinct pictures, which makes the distance larger: its interval leans upwards.
+ROUNDS, FRECHET_ROUNDS = 1000, 200
+
+
+def estimate(name, statistic, prompts, rounds=ROUNDS):
+    """{name: number, name_interval: [low, high]}: statistic(indices) of all prompts, and its 95 %
+    interval by bootstrap."""
+    # How far would the number move with other prompts? Draw P of the P prompts, some twice and some
+    # not at all, compute it again, and repeat. Draw whole prompts, not pictures: pictures of one
+    # prompt are alike, and counting each as news would make the interval too narrow. The seed is
+    # fixed, so that all rows get the same draws.
+    drawn = torch.randint(prompts, (rounds, prompts), generator=rng(0, "bootstrap"))
+    values = torch.tensor([float(statistic(index)) for index in drawn])
+    interval = torch.quantile(values, torch.tensor([0.025, 0.975])).tolist()
+    return {name: float(statistic(torch.arange(prompts))), f"{name}_interval": interval}
+
+
+def nothing(names):
+    """None for each name and its interval: a measure that does not apply."""
+    return {key: None for name in names for key in (name, f"{name}_interval")}
+
+
+class Measured:
+    """What a meter finds in the pictures of one row: by_prompt {name: [P]}, features [P, n, F].
+
+    groups yields the pictures [n, 3, H, W] of each prompt in turn, so they need not fit in memory.
+    """
+
+    def __init__(self, groups, texts, meter):
+        with torch.inference_mode():
+            answers = [meter(pictures, text) for pictures, text in zip(groups, texts, strict=True)]
+        # Double precision: the distance is a small difference of large traces.
+        self.features = torch.stack([features for _, features in answers]).double()   # P×n×F
+        self.by_prompt = {}
+        for name in answers[0][0]:
+            self.by_prompt[name] = torch.tensor([float(values[name]) for values, _ in answers])
+        # Diversity: how far a picture lies from the n − 1 others of its prompt, on average.
+        n = self.features.shape[1]
+        distances = [torch.cdist(f, f).sum() / (n * (n - 1)) for f in self.features]
+        self.by_prompt["diversity"] = torch.stack(distances)              # P
+
+    def columns(self, teacher, data):
+        """The measured columns of the table; teacher and data are Measured, or None."""
+        columns, prompts = nothing(MEASURES), len(self.features)
+        for name, values in self.by_prompt.items():
+            columns |= estimate(name, lambda i: values[i].mean(), prompts)
+        for name, other in (("frechet_to_teacher", teacher), ("frechet_to_data", data)):
+            if other is None or other is self:            # no distance of the teacher from itself
                 continue
-            texts = [prompts[j // n] for j in batch]
-            prompt, uncond = book.of(texts, i), book.uncond(len(batch))
-            start = time.perf_counter()
+            columns |= estimate(name, lambda i: frechet(self.features[i], other.features[i]),
+                                prompts, FRECHET_ROUNDS)
+        return columns
+
+
+def compare(run, base, teacher):
+    """What changed from base, a run's Stage I, to run, both Measured: accuracy in points, the ratio
+    of scene entropies (both None for real models) and the change of the Fréchet distance to the
+    teacher (None without one), each with its interval."""
+    changes = nothing(CHANGES)
+    # Both saw the same prompts and noises, so a draw takes the same prompts of both: what is hard
+    # for both cancels, and the interval is narrower than that of two separate numbers.
+    a, b, prompts = run.by_prompt, base.by_prompt, len(run.features)
+    if "prompt_accuracy" in a:
+        gain = a["prompt_accuracy"] - b["prompt_accuracy"]                # P
+        changes |= estimate("accuracy_points", lambda i: 100 * gain[i].mean(), prompts)
+        changes |= estimate("entropy_ratio", lambda i: (a["scene_entropy"][i].mean()
+                                                        / b["scene_entropy"][i].mean()), prompts)
+    if teacher is not None:
+        def change(i):
+            target = teacher.features[i]
+            return frechet(run.features[i], target) - frechet(base.features[i], target)
+        changes |= estimate("frechet_change", change, prompts, FRECHET_ROUNDS)
+    return changes
+
+
+# ================================================================== rows
+
+class Album:
+    """The pictures of one row by index, and the seconds that each took. They stay in memory; those
+    of a real model become files (tools.real_metrics.FileAlbum)."""
+
+    def __init__(self):
+        self.pictures, self.seconds = {}, {}
+
+    def put(self, index, picture, prompt, seconds):
+        """Keeps picture [3, H, W]."""
+        self.pictures[index], self.seconds[index] = picture, seconds
+
+    def get(self, indices):
+        """Pictures [n, 3, H, W] in [0, 1]."""
+        return torch.stack([self.pictures[i] for i in indices])
+
+
+class Rows:
+    """The rows of the table so far, {column: value}, and the album of each.
+
+    In every row picture j shows prompt j // n and starts from noise j of --seed. So two rows differ
+    by what made them and not by luck.
+    """
+
+    def __init__(self, settings, preset, texts, shape, device, stamp):
+        self.settings, self.preset, self.texts = settings, preset, texts
+        self.shape, self.device, self.stamp = shape, device, stamp
+        self.n = settings.samples_per_prompt
+        self.prompts = Prompts(preset, texts, device)     # before the networks: frees its encoders
+        self.decode = Decoder(preset, device)
+        self.rows, self.albums = [], []
+        self.stage1 = {}                                  # {Stage I run's name: index of its row}
+
+    def add(self, name, recipe, evaluations, sample):
+        """Makes one row. recipe tells how its pictures are made; evaluations, how many a picture
+        takes, by blocks and by FLOPs; sample(noise, prompt) returns latents [B, C, H, W]."""
+        album = Album()
+        if self.preset.captions != "tiny":
+            from tools.real_metrics import FileAlbum
+            about = {"row": name, "recipe": recipe, "device": str(self.device), **self.stamp}
+            album = FileAlbum(Path(self.settings.out) / "images", name, about)
+        # Of an interrupted evaluation of a real model some pictures are there already.
+        total, size = self.n * len(self.texts), self.settings.batch_size
+        missing = [j for j in range(total) if j not in album.seconds]
+        for start in tqdm(range(0, len(missing), size), desc=name, leave=False):
+            batch = missing[start:start + size]
+            prompt = self.prompts.take([j // self.n for j in batch])
+            begun = time.perf_counter()
             with torch.inference_mode():
-                noise = image_noise(settings.seed, batch, first["latent_shape"]).to(device)
-                latents, passes = sampler(noise, prompt, uncond)
-                pictures = decode(latents).clamp(0, 1).cpu()
-            seconds = (time.perf_counter() - start) / len(batch)
-            for j, text, picture in zip(batch, texts, pictures, strict=True):
-                album.put(j, picture, prompt=text, seed=settings.seed, seconds=seconds,
-                          passes=passes)
+                noise = image_noise(self.settings.seed, batch, self.shape).to(self.device)
+                latents = sample(noise, prompt)                           # B×C×H×W
+                # .cpu() waits until a GPU has finished: without it the clock would stop too early.
+                pictures = self.decode(latents).clamp(0, 1).cpu()         # B×3×8H×8W (tiny: 4)
+            seconds = (time.perf_counter() - begun) / len(batch)
+            for j, picture in zip(batch, pictures, strict=True):
+                album.put(j, picture, self.texts[j // self.n], seconds)
+        blocks, flops = evaluations
+        self.rows.append({"name": name, "recipe": recipe, "steps": recipe["steps"],
+                          "nfe_blocks": blocks, "nfe_flops": flops,
+                          "seconds_per_image": sum(album.seconds.values()) / total})
+        self.albums.append(album)
 
-    rows, albums = [], []
+    def add_data(self):
+        """The miniature's own pictures of the captions, freshly drawn."""
+        # What would a perfect model get? Not the world's own entropy: with only n samples a caption
+        # the measured one is lower. This row is the mark to compare with.
+        captions = torch.tensor([CAPTIONS.index(text) for text in self.texts])
+        captions = captions.repeat_interleave(self.n)                     # P·n
+        labels = sample_labels(len(captions), rng(self.settings.seed, "data"), captions)
+        self.albums.append(Album())
+        for j, picture in enumerate(draw(*labels)):
+            self.albums[-1].put(j, picture, self.texts[j // self.n], seconds=None)
+        self.rows.append({"name": "data", "recipe": {}, "steps": None, "nfe_blocks": None,
+                          "nfe_flops": None, "seconds_per_image": None})
+
+    def add_teacher(self, w, alpha, steps):
+        """The teacher's rows; w, α and steps are the first run's."""
+        stock, own = teacher_sigmas(load_scheduler(self.preset)), sigma_grid(steps)
+        # First the teacher that Stage I learned from: Fréchet distances are taken to this row.
+        paths = [(f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha)]
+        if self.settings.teacher == "yes":
+            # What goes wrong without the paper: guided everywhere, its layouts collapse; without
+            # guidance, it misses the prompt; in as few steps as the student's, it blurs.
+            paths.append((f"teacher, w = {w:g} everywhere", stock, w, 1.0))
+            paths.append(("teacher, no guidance", stock, 1.0, 1.0))
+            paths.append((f"teacher at {steps} steps, not distilled", own, 1.0, 1.0))
+        teacher = load_transformer(self.preset).to(self.device)
+        weights = weights_hash(teacher)
+        for name, sigmas, guidance, a in paths:
+            def sample(noise, prompt):
+                uncond = self.prompts.uncond(len(noise))
+                return sample_guided(teacher, noise, prompt, uncond, sigmas, guidance, a)[0]
+            # A step costs one evaluation, and a second one where guidance is on: 51 at α = 0.94.
+            guided = guidance_weight(sigmas[:-1], guidance, a) != 1       # steps
+            passes = len(guided) + int(guided.sum())
+            recipe = {"steps": len(guided), "guidance": guidance, "alpha": a, "span": None,
+                      "sigmas": [round(s, 6) for s in sigmas.tolist()], "weights": weights}
+            self.add(name, recipe, (passes, passes), sample)
+
+    def add_run(self, run, recipe, stage2_span):
+        """A run's rows, one for each of its paths. stage2_span, as text, is what the Stage II of a
+        Stage I run skips, or None."""
+        student, span, f = load_student(run, self.preset, recipe, self.device)
+        weights = weights_hash(student, f) if f else weights_hash(student)
+        if recipe["stage"] == 1 and stage2_span:
+            span = parse_span(stage2_span, len(student.transformer_blocks))
+        paths = run_paths(recipe["stage"], span, f)
+        if self.settings.own_path:
+            paths = paths[:1]
+        if recipe["stage"] == 1:
+            self.stage1[run.name] = len(self.rows)        # where its own path will stand
+        sigmas = sigma_grid(recipe["steps"])
+        for suffix, span, f in paths:
+            def sample(noise, prompt):
+                latents, _, _ = roll_out(student, noise, prompt, sigmas, span, f)
+                return latents[-1]
+            about = {"run": str(run), "path": suffix, "stage1": stage1_name(run, recipe),
+                     "weights": weights, "span": f"{span[0]}-{span[1]}" if span else None}
+            for key in ("stage", "iteration", "steps", "sigmas", "guidance", "alpha"):
+                about[key] = recipe[key]
+            # f counts in every row with a span, though plain reuse and skipping go without it.
+            count = count_nfe(self.preset, span, recipe["steps"])
+            self.add(run.name + suffix, about, (count["blocks"], count["flops_with_f"]), sample)
+
+
+def stage1_name(run, recipe):
+    """The name of the Stage I run that a run is or started from."""
+    return run.name if recipe["stage"] == 1 else Path(str(recipe.get("init") or "")).name
+
+
+def run_paths(stage, span, f):
+    """(suffix of the row's name, span, f) for each path that a run's student can take. First comes
+    its own, the one that it was trained for; the others show what that training gains."""
+    if stage == 1:
+        # This student never met a cache. What does it lose with an untrained one? Little when Δ0
+        # is reused as it is, very much when nothing stands in the span's place.
+        paths = [("", None, None)]
+        if span:
+            paths.append((", plain reuse", span, None))
+            paths.append((", span skipped", span, NOTHING))
+        return paths
+    # This one was trained with its cache. "No cache" shows what skipping still costs, "plain reuse"
+    # what f adds. (A run that was trained without f has plain reuse as its own path.)
+    paths = [("", span, f)]
+    if span:
+        paths.append((", no cache", None, None))
+    if f:
+        paths.append((", plain reuse", span, None))
+    return paths
+
+
+# ================================================================== table and picture
+
+def cell(row, name):
+    """One cell as text: a name, a count, or a measured value with its interval."""
+    value, interval = row[name], row.get(f"{name}_interval")
+    if value is None or isinstance(value, str):
+        return value or ""
+    if interval is None:
+        return f"{value:.4g}" if name.startswith("nfe") else f"{value:.3g}"
+    digits = 2 if name == "accuracy_points" else 3
+    end_digits = 2 if name in MEASURES else digits        # the first table is wide already
+    low, high = interval
+    return f"{value:.{digits}f} [{low:.{end_digits}f}, {high:.{end_digits}f}]"
+
+
+def table(rows):
+    """The rows as a Markdown table, then what changed against each run's own Stage I."""
+    columns = []                                          # those that have a value in some row
+    for column in COLUMNS:
+        if any(row[column] is not None for row in rows):
+            columns.append(column)
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join([cell(row, column) for column in columns]) + " |")
+    compared = [row for row in rows if "against" in row]
+    if compared:
+        lines += ["", "| run | against | accuracy, points | entropy, ratio | Fréchet, change |",
+                  "|" + " --- |" * 5]
+    for row in compared:
+        cells = [cell(row["against"], name) for name in ("name", *CHANGES)]
+        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def save_grid(path, rows, albums, prompts, n):
+    """The picture: of each row, with its name, the first four pictures of four prompts. A column
+    shows one prompt, from one start noise."""
+    indices = []                                          # of the pictures shown of each row
+    for c in torch.linspace(0, prompts - 1, min(4, prompts)).long().tolist():
+        indices += range(c * n, c * n + min(4, n))
+    pictures = torch.cat([album.get(indices) for album in albums])        # rows·columns × 3×H×W
+    if pictures.shape[-1] > 256:
+        pictures = torch.nn.functional.interpolate(pictures, (256, 256), mode="area")
+    save_pictures(pictures, path, columns=len(indices))
+    # Make room on the left and write the names there.
+    grid, font = Image.open(path), ImageFont.load_default(20)
+    margin = 20 + int(max(font.getlength(row["name"]) for row in rows))
+    sheet = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    sheet.paste(grid, (margin, 0))
+    for i, row in enumerate(rows):
+        place = 10, (i + 0.4) * grid.height / len(rows)
+        ImageDraw.Draw(sheet).text(place, row["name"], "black", font)
+    sheet.save(path)
+
+
+# ================================================================== command
+
+@command
+def main(argv):
+    settings = parse_settings(Settings, argv, "evaluate.py", __doc__.split("\n\n")[0])
+    preset, texts, recipes = resolve(settings)
+    device, out, n = pick_device(settings.device), Path(settings.out), settings.samples_per_prompt
+    tiny_world = preset.captions == "tiny"
+    leader = next(iter(recipes.values()))                 # first run: its w, α guide the teacher
+
+    # ------------------------------------------------------------- the protocol
     if tiny_world:
-        from tiny import CAPTIONS, draw, sample_labels
-        captions = torch.tensor([CAPTIONS.index(text) for text in prompts]).repeat_interleave(n)
-        albums.append(Album({}))
-        for i, picture in enumerate(draw(*sample_labels(
-                len(captions), rng(settings.seed, "data"), captions))):
-            albums[0].put(i, picture)
-        rows.append({"name": "data", "recipe": {}, "steps": None, "nfe_blocks": None,
-                     "nfe_flops": None, "seconds_per_image": None})
-    for name, recipe, sampler in jobs():
-        album = Album({"row": name, "recipe": recipe, "device": str(device), **pictures_of},
-                      None if tiny_world else out / "images" / safe(name))
-        fill(name, album, sampler)
-        passes, counts = album.lines[0]["passes"], count_nfe(preset, recipe["span"],
-                                                             recipe["steps"])
-        albums.append(album)
-        rows.append({"name": name, "recipe": recipe, "steps": recipe["steps"],
-                     "nfe_blocks": passes or counts["blocks"],
-                     "nfe_flops": passes or counts["flops_with_f"],
-                     "seconds_per_image": album.seconds()})
+        meter = TinyMeter(preset)
+    else:
+        from tools.real_metrics import RealMeter
+        meter = RealMeter(load_network, settings.clip, settings.pickscore, settings.dino)
+    # Numbers of two results.json compare only where the protocols are equal: other prompts, seeds,
+    # n or feature networks give other numbers for the same model. Machine and date change none but
+    # the seconds, so they stand apart.
+    stamp = {"model": preset.name, "seed": settings.seed, "samples_per_prompt": n,
+             "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+             "images": n * len(texts), "latent_shape": leader["latent_shape"], **versions()}
+    made = {"device": str(device)}
+    for key in ("machine", "cores", "date"):
+        made[key] = stamp.pop(key)
+    protocol = {**stamp, "resize": meter.resize, "frechet_to": None}
+    if settings.teacher != "no":
+        protocol["frechet_to"] = {"steps": TEACHER_STEPS, "guidance": leader["guidance"],
+                                  "alpha": leader["alpha"]}
+    for name, network in meter.named_children():
+        protocol[f"{name}_sha256"] = weights_hash(network)
 
-    # ------------------------------------------------------------------ measuring
-    meter.to(device)
-    measured = [Measured(tqdm(map(album.get, groups), desc=f"measuring {row['name']}",
-                              total=len(groups), leave=False), prompts, meter)
-                for row, album in zip(rows, albums, strict=True)]
+    # ------------------------------------------------------------- sample, row by row
+    sampled = Rows(settings, preset, texts, leader["latent_shape"], device, stamp)
+    if tiny_world:
+        sampled.add_data()
+    if settings.teacher != "no":
+        sampled.add_teacher(leader["guidance"], leader["alpha"], leader["steps"])
+    # A Stage I run is also shown with the span that its Stage II run, if there is one, skips.
+    spans = {}                                            # {name of the Stage I run: span as text}
+    for run, recipe in recipes.items():
+        if recipe["cached_blocks"]:
+            spans.setdefault(stage1_name(run, recipe), recipe["cached_blocks"])
+    for run, recipe in recipes.items():
+        sampled.add_run(run, recipe, spans.get(run.name))
+    rows, albums = sampled.rows, sampled.albums
+
+    # ------------------------------------------------------------- measure
+    meter.to(device)                                      # now that the transformers are gone
+    measured = []
+    for row, album in zip(rows, albums, strict=True):
+        groups = (album.get(range(c * n, (c + 1) * n)) for c in range(len(texts)))
+        bar = tqdm(groups, f"measuring {row['name']}", len(texts), leave=False)
+        measured.append(Measured(bar, texts, meter))
+    # Rows lie in the order in which they were added: the data, the α-guided teacher, the others.
     data = measured[0] if tiny_world else None
-    guided = measured[int(tiny_world)] if settings.teacher != "no" else None  # with the run's α
-    slowest = next((row["seconds_per_image"] for row in rows if row["nfe_blocks"] == 56), None)
-    stage1 = {Path(row["recipe"]["run"]).name: i for i, row in reversed(list(enumerate(rows)))
-              if row["recipe"].get("stage") == 1}              # the run's own path, its first row
+    teacher = measured[int(tiny_world)] if settings.teacher != "no" else None
+    slowest = None                                        # seconds of the paper's baseline, 28 × 2
+    for row in rows:
+        if row["nfe_blocks"] == 2 * TEACHER_STEPS:
+            slowest = slowest or row["seconds_per_image"]
     for i, row in enumerate(tqdm(rows, desc="intervals", leave=False)):
-        row.update({key: None for name in MEASURES for key in (name, f"{name}_interval")})
-        row.update(measured[i].row(guided, data))
-        row["by_prompt"] = {name: [round(v, 6) for v in values.tolist()]
-                            for name, values in measured[i].by_prompt.items()}
-        own = row["seconds_per_image"]
-        row["speedup"] = slowest / own if slowest and own else None
-        if row["recipe"].get("run"):
-            own = Path(row["recipe"]["run"])
-            base = stage1.get(Path(recipes[own].get("init") or own).name)
-            if base is not None:
-                row["against"] = {"name": rows[base]["name"],
-                                  **compare(measured[i], measured[base], guided)}
+        row |= measured[i].columns(teacher, data)
+        row["by_prompt"] = {}                             # for tools/claims.py, which resamples it
+        for name, values in measured[i].by_prompt.items():
+            row["by_prompt"][name] = [round(v, 6) for v in values.tolist()]
+        seconds = row["seconds_per_image"]
+        row["speedup"] = slowest / seconds if slowest and seconds else None
+        base = sampled.stage1.get(row["recipe"].get("stage1"))
+        if base not in (None, i):                         # not against itself
+            row["against"] = {"name": rows[base]["name"]}
+            row["against"] |= compare(measured[i], measured[base], teacher)
 
-    # ------------------------------------------------------------------ the result
-    labels = [row["name"] for row in rows]
-    rows += [row for row in added if row["recipe"] not in [other["recipe"] for other in rows]]
+    # ------------------------------------------------------------- the result
     text = table(rows)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", {"protocol": protocol, "made": made, "rows": rows,
                                       "missing": meter.missing})
     write_text(out / "table.md", text + "\n")
-    picks = torch.linspace(0, len(prompts) - 1, min(4, len(prompts))).long()  # × 4 seeds
-    shown = torch.cat([album.get([i for c in picks for i in groups[c][:4]]) for album in albums])
-    if shown.shape[-1] > 256:
-        shown = torch.nn.functional.interpolate(shown, (256, 256), mode="area")
-    save_pictures(shown, out / "grid.png", len(shown) // len(albums), labels=labels)
+    save_grid(out / "grid.png", rows, albums, len(texts), n)
     print(text)
     for name, reason in meter.missing.items():
         print(f"{name}: not measured, {reason}")
-    print(f"\n{n} samples for each of {len(prompts)} prompts; {out}/results.json, {out}/grid.png")
+    print(f"\n{n} samples for each of {len(texts)} prompts; {out}/results.json, {out}/grid.png")
 
 
 if __name__ == "__main__":

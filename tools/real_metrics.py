@@ -1,0 +1,171 @@
+"""Real models in evaluate.py: their metrics, and their pictures kept as files.
+
+evaluate.py comes here for every --model but the miniature, whose exact reader needs none of this.
+The networks are downloaded on first use, or given as folders: --clip, --pickscore, --dino.
+
+    CLIP score   how well a picture fits its prompt: the cosine of their CLIP vectors
+    PickScore    how well people would like it for that prompt: a CLIP trained on people's choices
+    LPIPS        how far apart two pictures look to a network. Taken between the pictures of one
+                 prompt: the larger, the more diverse (paper, Table 3)
+    DINOv2       no score of its own: Fréchet distance and diversity are taken on its features
+
+The paper's versions are not known (deviation 16), so compare the rows of a table with each other.
+
+Dimension key: n pictures of one prompt, F features. Pictures [n, 3, H, W] lie in [0, 1].
+"""
+
+import contextlib
+import os
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from run import UserError, read_json, write_json
+
+CLIP = "openai/clip-vit-large-patch14"                            # [ours]
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"     # its model card's
+DINO = "facebook/dinov2-base"                                     # [ours] not Stage II's backbone
+LPIPS_SIDE = 256        # [ours] pixels
+LPIPS_PAIRS = 32        # [ours] pairs at a time, to bound the memory
+
+
+# ================================================================== the meter
+
+@contextlib.contextmanager
+def foreign(cls, source):
+    """Turns whatever a folder or hub id of strangers raises into one line that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # there are as many ways to fail as there are classes
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"cannot load a {cls.__name__} from {source} ({line}); it must be a folder "
+                        "or a hub id with .safetensors weights: pickles are never "
+                        "opened") from error
+
+
+class RealMeter(torch.nn.Module):
+    """Looks at the pictures of one prompt. load_network is evaluate.py's: passed in, because
+    evaluate.py imports this file.
+
+    resize tells how each network is shown the pictures; missing, why a column stays empty.
+    """
+
+    def __init__(self, load_network, clip=None, pickscore=None, dino=None):
+        super().__init__()
+        from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, Dinov2Model
+        from transformers.utils import logging
+        logging.disable_progress_bar()
+        for name, cls, source in (("clip", CLIPModel, clip or CLIP),
+                                  ("pickscore", CLIPModel, pickscore or PICKSCORE),
+                                  ("dino", Dinov2Model, dino or DINO)):
+            with foreign(cls, source):
+                self.add_module(name, load_network(cls, source))
+        # Each network was trained on pictures of its own size and colour scale; its processor knows
+        # them. Scores change with the resizing, so the protocol in results.json names it.
+        self.processors, self.resize = {}, {}
+        for name, cls, source in (("clip", CLIPProcessor, clip or CLIP),
+                                  ("pickscore", CLIPProcessor, pickscore or PICKSCORE_PROCESSOR),
+                                  ("dino", AutoImageProcessor, dino or DINO)):
+            with foreign(cls, source):
+                self.processors[name] = cls.from_pretrained(source)
+            one = getattr(self.processors[name], "image_processor", self.processors[name])
+            self.resize[name] = f"{type(one).__name__} {dict(one.size)}, crop {dict(one.crop_size)}"
+        self.lpips, self.missing = None, {}
+        try:
+            import lpips
+        except ImportError:
+            self.missing["lpips"] = "the package lpips is not installed (pip install lpips)"
+            return
+        # The package reads its own and torchvision's weights; ours would be a copy of them.
+        self.lpips = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False)
+        self.resize["lpips"] = f"bicubic, antialiased, {LPIPS_SIDE}"
+
+    def forward(self, pictures, prompt):
+        """({name: number}, features [n, F]) of pictures [n, 3, H, W] of one prompt."""
+        device = self.dino.device
+        # The processors take 8-bit images, as they lie in files.
+        images = list((pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+        # A CLIP's logit is exp(logit_scale)·cosine. PickScore is that logit; the CLIP score is the
+        # bare cosine, so the scale is divided out again.
+        clip = self.logits("clip", images, prompt).mean() / self.clip.logit_scale.exp()
+        values = {"clip_score": clip, "pick_score": self.logits("pickscore", images, prompt).mean()}
+        if self.lpips:
+            values["lpips"] = self.mean_distance(pictures.to(device))
+        # The features: DINOv2's vector for the whole picture.
+        inputs = self.processors["dino"](images=images, return_tensors="pt").to(device)
+        return values, self.dino(**inputs).pooler_output.cpu()            # n×F
+
+    def logits(self, name, images, prompt):
+        """How well each image fits the prompt, [n, 1], by the CLIP of that name."""
+        network = getattr(self, name)
+        # truncation: a CLIP reads 77 tokens and fails on more.
+        inputs = self.processors[name](images=images, text=[prompt], padding=True, truncation=True,
+                                       return_tensors="pt")
+        return network(**inputs.to(network.device)).logits_per_image
+
+    def mean_distance(self, pictures):
+        """LPIPS, mean over all pairs of the pictures [n, 3, H, W]."""
+        small = torch.nn.functional.interpolate(pictures, (LPIPS_SIDE, LPIPS_SIDE), mode="bicubic",
+                                                antialias=True)
+        small = small * 2 - 1                                             # LPIPS wants [−1, 1]
+        # Above the diagonal: each pair once, no picture with itself.
+        left, right = torch.triu_indices(len(small), len(small), offset=1)    # n(n − 1)/2 each
+        distances = []
+        for a, b in zip(left.split(LPIPS_PAIRS), right.split(LPIPS_PAIRS), strict=True):
+            distances.append(self.lpips(small[a], small[b]).flatten())
+        return torch.cat(distances).mean()
+
+
+# ================================================================== pictures as files
+
+class FileAlbum:
+    """evaluate.Album with one PNG for each picture, FOLDER/NAME/000000.png and on: those of a real
+    model take hours, and the same command goes on where it was interrupted.
+
+    about.json there says what the pictures are. A folder of others is refused: they would pass for
+    these.
+    """
+
+    def __init__(self, folder, name, about):
+        self.seconds = {}
+        # A row is named after a run's folder. Whatever is in that name stays one part of a path.
+        self.folder = folder / (re.sub("[^A-Za-z0-9.=-]+", "_", name).strip("._") or "unnamed")
+        stamp = self.folder / "about.json"
+        if stamp.exists() and read_json(stamp) != about:
+            raise UserError(f"{self.folder} holds pictures of another recipe, seed, prompts or "
+                            "version; give another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(stamp, about)
+        for path in self.folder.glob("??????.png"):
+            # A file that does not open is not counted, so it is made again (SyntaxError is PIL's
+            # word for a broken PNG).
+            with contextlib.suppress(OSError, SyntaxError, KeyError, ValueError):
+                with Image.open(path) as image:
+                    self.seconds[int(path.stem)] = float(image.text["seconds"])
+
+    def put(self, index, picture, prompt, seconds):
+        """Keeps picture [3, H, W]. The file tells by itself what it shows. It is named by its
+        index, so that no prompt can name a file elsewhere."""
+        notes = PngInfo()
+        notes.add_text("prompt", prompt)
+        notes.add_text("seconds", str(seconds))
+        pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8)         # H×W×3
+        new = self.folder / ".new"
+        Image.fromarray(pixels.numpy()).save(new, format="PNG", pnginfo=notes)
+        os.replace(new, self.folder / f"{index:06d}.png")                 # whole or not at all
+        self.seconds[index] = seconds
+
+    def get(self, indices):
+        """Pictures [n, 3, H, W] in [0, 1]."""
+        pictures = []
+        for i in indices:
+            with Image.open(self.folder / f"{i:06d}.png") as image:
+                pixels = torch.from_numpy(np.array(image.convert("RGB")))         # H×W×3
+            pictures.append(pixels.permute(2, 0, 1) / 255)
+        return torch.stack(pictures)
