@@ -97,6 +97,7 @@ def roll_out(student, x, prompt, sigmas, span=None, f=None):
     delta = None
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
         v, delta = cached_velocity(student, x, sigma, prompt, span, delta, f)
+        # x_next = x + (σ_next − σ)·v: along the velocity, towards x̂0 but only as far as σ_next.
         x = euler(x, v, sigma, sigma_next)                # no noise is added
         velocities.append(v)
         latents.append(x)
@@ -127,6 +128,7 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):
     Where the rule gives weight 1 only the conditional pass is run. So 28 steps cost 56 passes at
     α = 1, 51 at α = 0.94, and 28 at w = 1.
     """
+    # Counted, because "28×2" is a claim: with α some of the 56 passes are never run.
     passes = 0
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
         # One σ for all samples here, so whether guidance is on is known before the pass.
@@ -183,6 +185,7 @@ def nfe_table():
     spans = {name: [preset.cached_blocks] for name, preset in PRESETS.items()}
     spans["tiny"].append("1-3")
     spans["sd3-medium"].append("2-7")                     # the released config: the paper's "slow"
+    # The teacher's 56 are 28 steps, each with a conditional and an unconditional pass.
     lines = ["model             span   blocks    FLOPs   with f   of two steps; the teacher: 56"]
     for name, of_model in spans.items():
         for text in of_model:
@@ -374,7 +377,8 @@ def main(argv):
     preset, device = find_preset(recipe["base"]), pick_device(settings.device)
     texts = choose_prompts(preset, settings.prompts, settings.prompt)[:1000]
 
-    # Everything comes from the run folder: which base model, how many steps, which span, f.
+    # Everything comes from the run folder: which base model, how many steps, which span, f. Only the
+    # prompts and the noises are the caller's.
     prompts = Prompts(preset, texts, device)
     student, span, f = load_student(settings.checkpoint, preset, recipe, device)
     if settings.no_cache:
@@ -392,6 +396,7 @@ def main(argv):
             pictures += [decode(one).cpu() for one in latents[-1].split(1)]
     # The text encoders are not in these seconds: a prompt is encoded once, whatever the steps.
     seconds = time.perf_counter() - start
+    # Several prompts: a row for each. One prompt: as square as it goes.
     columns = settings.num_images if len(texts) > 1 else max(1, round(total ** 0.5))
     save_pictures(torch.cat(pictures), settings.out, columns)
     evaluations = recipe["nfe"] if span else recipe["steps"]

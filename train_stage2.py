@@ -215,8 +215,9 @@ def draw_batch(i, settings, chosen, texts):
 
 # ================================================================== references, made once
 
-def make_references(settings, preset, init, prompts, chosen, decode, run):
-    """The reference pictures, uint8 [R, 3, 8H, 8W], of training noises 0 … R − 1 (deviation 10).
+def make_references(path, settings, preset, init, prompts, chosen, decode, run):
+    """Writes the reference pictures, uint8 [R, 3, 8H, 8W], of training noises 0 … R − 1 to path
+    (deviation 10).
 
     The official code makes them anew in every iteration, by a 4-step student that was not released.
     Here the teacher makes them once, with its 28 steps. It is guided with α as in Stage I, or it
@@ -246,7 +247,10 @@ def make_references(settings, preset, init, prompts, chosen, decode, run):
             x, _ = sample_guided(maker, x, prompt, uncond, grid, w, init["alpha"])
             for one in x.split(1):                        # 1024² pictures need much memory
                 pictures.append((decode(one).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-    return gather(torch.cat(pictures))
+    pictures = gather(torch.cat(pictures))                # R×3×8H×8W
+    if first():
+        save_tensors(path, {"pictures": pictures})
+    run.stopping()                                        # asks all processes, so all wait here
 
 
 def references_file(settings, preset, init, prompts_sha256):
@@ -307,14 +311,11 @@ def main(argv):
 
     # Only the discriminator's heads learn; its backbone, the VAE and the text encoders are frozen.
     networks = {"student": student, "discriminator": discriminator.heads}
-    rates = {"student": settings.student_lr, "discriminator": settings.discriminator_lr}
+    optimizers = {"student": adamw(student, settings.student_lr),
+                  "discriminator": adamw(discriminator.heads, settings.discriminator_lr)}
     if f is not None:
-        networks["compensation"], rates["compensation"] = f, settings.compensation_lr
-    optimizers = {}
-    for name, net in networks.items():
-        learning = [p for p in net.parameters() if p.requires_grad]       # with LoRA not all do
-        optimizers[name] = torch.optim.AdamW(learning, lr=rates[name], betas=BETAS,
-                                             weight_decay=WEIGHT_DECAY, fused=True)
+        networks["compensation"] = f
+        optimizers["compensation"] = adamw(f, settings.compensation_lr)
     # The generator is student and f together: they share one gradient norm, as in the official
     # code.
     generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
@@ -331,10 +332,7 @@ def main(argv):
                            generator=rng(settings.seed, "references"))    # R, their prompts
     kept = references_file(settings, preset, init, resolved["prompts_sha256"])
     if not kept.exists():
-        pictures = make_references(settings, preset, init, prompts, chosen, decode, run)
-        if first():
-            save_tensors(kept, {"pictures": pictures})
-    run.stopping()                                        # asks all processes, so all wait here
+        make_references(kept, settings, preset, init, prompts, chosen, decode, run)
     references = load_file(kept)["pictures"]              # R×3×8H×8W, uint8
 
     # ------------------------------------------------------------- train
@@ -416,6 +414,12 @@ def main(argv):
     print(f"{run.folder}: {recipe['nfe']:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
+
+
+def adamw(net, lr):
+    """The optimiser of one network; with LoRA not all of its parameters learn."""
+    learning = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.AdamW(learning, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def stage2_recipe(settings, preset, init, span, f, blocks):
