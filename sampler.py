@@ -377,8 +377,8 @@ def main(argv):
     preset, device = find_preset(recipe["base"]), pick_device(settings.device)
     texts = choose_prompts(preset, settings.prompts, settings.prompt)[:1000]
 
-    # Everything comes from the run folder: which base model, how many steps, which span, f. Only the
-    # prompts and the noises are the caller's.
+    # Everything comes from the run folder: which base model, how many steps, which span, f. Only
+    # the prompts and the noises are the caller's.
     prompts = Prompts(preset, texts, device)
     student, span, f = load_student(settings.checkpoint, preset, recipe, device)
     if settings.no_cache:

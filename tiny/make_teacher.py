@@ -1,38 +1,28 @@
-"""Makes the tiny teacher again from nothing: a Stable Diffusion 3 pipeline (MMDiT, VAE, two CLIP text
-encoders, no T5), only small, and two vision backbones.
+"""Makes the tiny teacher again from nothing: a Stable Diffusion 3 pipeline (MMDiT, VAE, two CLIP
+text encoders, no T5), only small, and two vision backbones.
 
     python -m tiny.make_teacher          # writes tiny/sd3; an hour or two; resumes when interrupted
 
-Nothing of the method is here, and nobody who reads beside the paper needs it.
-Dimension key: B batch, T shape templates, D width; pictures in [0, 1].
+Nothing of the method is here, and nobody who reads beside the paper needs it. Every constant was
+found by trial [ours].
+Dimension key: B batch, T shape templates, C latent channels, D width; pictures in [0, 1].
 """
 
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
+
+from run import Run, UserError, command, option, parse_settings, rng, save_whole
 
 import torch
 import torch.nn.functional as F
 
 from losses import shift_sigma
-from run import Run, UserError, command, option, parse_settings, rng, save_whole
-from tiny.world import (
-    CAPTIONS,
-    COLOURS,
-    SCENES,
-    SHAPES,
-    SIZE,
-    WORDS,
-    draw,
-    measure,
-    read,
-    sample_labels,
-    templates,
-)
+from tiny.world import (CAPTIONS, COLOURS, SCENES, SHAPES, SIZE, WORDS, draw, measure, read,
+                        sample_labels, templates)
 
-SAVE_EVERY = 500                      # steps between checkpoints [ours]
+SAVE_EVERY = 500      # steps between checkpoints
 
 
 @dataclasses.dataclass
@@ -40,42 +30,44 @@ class Settings:
     out: str = option("tiny/sd3", "folder of the finished teacher")
     work: str = option("runs/tiny-teacher", "folder of the checkpoints on the way")
     seed: int = option(0, "seed of everything", low=0, high=2**31 - 1)
-    vae_steps: int = option(1400, "VAE: steps of batch 64 [ours]", low=1)
-    teacher_steps: int = option(5000, "MMDiT: steps of batch 128 [ours]", low=1)
-    refine_steps: int = option(3000, "MMDiT: then steps with every sigma alike [ours]", low=1)
-    backbone_steps: int = option(1000, "vision backbones: steps of batch 128 [ours]", low=1)
+    vae_steps: int = option(1400, "VAE: steps of batch 64", low=1)
+    teacher_steps: int = option(5000, "MMDiT: steps of batch 128", low=1)
+    refine_steps: int = option(3000, "MMDiT: then steps with every sigma alike", low=1)
+    backbone_steps: int = option(1000, "vision backbones: steps of batch 128", low=1)
     report_samples: int = option(32, "samples a caption for the numbers at the end; 0 = none",
                                  low=0)
     overwrite: bool = option(False, "replace --out (checkpoints in --work are always continued)")
     debug: bool = option(False, "show tracebacks")
 
 
+# ================================================================== training any part
+
+def one_cycle(progress):
+    """The learning rate's factor at progress in (0, 1]: up in the first tenth, down as a cosine."""
+    if progress < 0.1:
+        return progress / 0.1
+    return 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
+
+
 def fit(name, model, loss_at, steps, lr, settings, ema=None):
-    """Trains `model` on loss_at(step) with AdamW and a one-cycle rate;
-    resumes from its own run folder."""
+    """Trains `model` on loss_at(step) with AdamW and returns it, or its average `ema`. Each part
+    has its own run folder in --work, and goes on from its newest checkpoint."""
     from tqdm import tqdm
     run = Run(Path(settings.work) / name, {"steps": steps, "lr": lr, "seed": settings.seed})
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
                                   fused=True)
-    start, parts = run.resume()
-    if parts:
-        model.load_state_dict(parts["model"])
-        load_optimizer(model, optimizer, parts["optimizer"])
-        if ema:
-            ema.load_state_dict(parts["ema"])
-
-    def save(step):
-        run.checkpoint(step, {"model": model.state_dict(),
-                              "optimizer": optimizer_tensors(model, optimizer),
-                              **({"ema": ema.state_dict()} if ema else {})})
+    networks, optimizers = {"model": model}, {"model": optimizer}
+    if ema:
+        networks["ema"] = ema
+    start = run.restore(networks, optimizers)
 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=start == steps)
     for step in bar:
-        progress = (step + 1) / steps
-        rate = lr * min(progress / 0.1,
-                        0.5 * (1 + math.cos(math.pi * max(0.0, progress - 0.1) / 0.9)))
+        done, last = step + 1, step + 1 == steps
+        rate = lr * one_cycle(done / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        # loss_at draws its batch from (seed, step) alone, so a resumed run sees the same numbers.
         loss = loss_at(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -85,18 +77,21 @@ def fit(name, model, loss_at, steps, lr, settings, ema=None):
             ema.update_parameters(model)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            run.log(step + 1, loss=loss.item(), lr=rate)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps or run.interrupted:
-            save(step + 1)
-        if run.interrupted and step + 1 < steps:
-            raise UserError(f"{name} stopped at step {step + 1}; "
-                            "type the same command again to go on")
+            run.log(done, loss=loss.item(), lr=rate)
+        stop = run.stopping()
+        if done % SAVE_EVERY == 0 or last or stop:
+            run.save(done, networks, optimizers)
+        if stop and not last:
+            bar.close()
+            run.leave(done)
     return ema.module if ema else model
 
 
+# ================================================================== VAE
+
 def make_vae(settings):
-    """AutoencoderKL with factor 4 and four latent channels;
-    its latents are whitened by the config, as SD3's are."""
+    """AutoencoderKL with factor 4: pictures [B, 3, 32, 32] to latents [B, 4, 8, 8]. Its config
+    whitens the latents, as SD3's does."""
     from diffusers import AutoencoderKL
     torch.manual_seed(settings.seed)
     vae = AutoencoderKL(
@@ -107,64 +102,72 @@ def make_vae(settings):
 
     def loss_at(step):
         generator = rng(settings.seed, "vae", step)
-        pictures = draw(*sample_labels(64, generator)) * 2 - 1
+        pictures = draw(*sample_labels(64, generator)) * 2 - 1            # a VAE paints in [−1, 1]
         posterior = vae.encode(pictures).latent_dist
-        again = vae.decode(posterior.mean + posterior.std * torch.randn(
-            posterior.mean.shape, generator=generator)).sample
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        again = vae.decode(posterior.mean + posterior.std * noise).sample
+        # A little pull to N(0, 1), so that the latents stay in one place; the pictures matter more.
         kl = 0.5 * (posterior.mean ** 2 + posterior.var - 1 - posterior.logvar).mean()
         return F.mse_loss(again, pictures) + 0.3 * F.l1_loss(again, pictures) + 1e-4 * kl
 
     vae = fit("vae", vae, loss_at, settings.vae_steps, 4e-3, settings).eval()
     with torch.no_grad():
         pictures = draw(*sample_labels(2048, rng(settings.seed, "vae scale"))) * 2 - 1
-        latents = torch.cat([vae.encode(p).latent_dist.mode() for p in pictures.split(256)])
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(256)])
     vae.register_to_config(shift_factor=latents.mean().item(),
                            scaling_factor=1 / latents.std().item())
     return vae
 
 
+# ================================================================== text
+
 def make_tokenizer(folder):
-    """A CLIPTokenizer whose vocabulary is the captions' words,
-    one token each, at most 8 tokens a caption."""
+    """A CLIPTokenizer whose vocabulary is the captions' words, one token each; at most 8 tokens a
+    caption, start and end counted."""
     from transformers import CLIPTokenizer
     vocabulary, merges = {}, []
     for char in sorted(set("".join(WORDS))):
         vocabulary[char] = len(vocabulary)
-        vocabulary[char + "</w>"] = len(vocabulary)
+        vocabulary[char + "</w>"] = len(vocabulary)       # the same letter at the end of a word
     for word in sorted(WORDS):
         pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:                       # merge from the left: c i r… → ci r… → cir…
-            if (pieces[0], pieces[1]) not in merges:
-                merges.append((pieces[0], pieces[1]))
+        # Merge from the left until the word is one piece: c i r… → ci r… → cir…
+        while len(pieces) > 1:
+            pair = pieces[0], pieces[1]
+            if pair not in merges:
+                merges.append(pair)
             pieces[:2] = [pieces[0] + pieces[1]]
             vocabulary.setdefault(pieces[0], len(vocabulary))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
+    lines = ["#version: 0.2", *map(" ".join, merges)]
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
 
 
 def make_text_encoder(tokenizer, index, settings):
-    """A small CLIP text encoder, trained for seconds to tell the captions
-    (and the empty one) apart."""
+    """A small CLIP text encoder with projection, width 32. An untrained one would give all captions
+    nearly the same vector, so it learns for seconds to tell them, and the empty one, apart."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-    torch.manual_seed(settings.seed * 2 + index + 1)
+    torch.manual_seed(settings.seed * 2 + index + 1)      # the two encoders differ
     model = CLIPTextModelWithProjection(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
     torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.5)
-    model.head = torch.nn.Linear(32, len(SHAPES) + len(COLOURS) + 1)
+    # A head that goes again: which shape, which colour, and whether the caption is empty.
+    answers = len(SHAPES) + len(COLOURS) + 1
+    model.head = torch.nn.Linear(32, answers)
     tokens = tokenizer(["", *CAPTIONS], padding="max_length", max_length=8,
-                       return_tensors="pt").input_ids
-    target = torch.zeros(1 + len(CAPTIONS), len(SHAPES) + len(COLOURS) + 1)
+                       return_tensors="pt").input_ids                     # 25×8
+    target = torch.zeros(1 + len(CAPTIONS), answers)
     target[0, -1] = 1
     for i in range(len(CAPTIONS)):
-        target[1 + i, [i // len(COLOURS), len(SHAPES) + i % len(COLOURS)]] = 1
+        shape, colour = i // len(COLOURS), i % len(COLOURS)
+        target[1 + i, [shape, len(SHAPES) + colour]] = 1
 
     def loss_at(step):
         return F.binary_cross_entropy_with_logits(model.head(model(tokens).text_embeds), target)
@@ -174,9 +177,11 @@ def make_text_encoder(tokenizer, index, settings):
     return model
 
 
+# ================================================================== MMDiT
+
 def make_transformer(vae, tokenizer, encoders, settings):
-    """SD3Transformer2DModel of 12 blocks and width 128, by flow matching with caption dropout;
-    the EMA is kept."""
+    """The finished pipeline. Its SD3Transformer2DModel has 12 blocks and width 128; it learns by
+    flow matching with caption dropout, and its moving average is kept."""
     from diffusers import (FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                            StableDiffusion3Pipeline)
     torch.manual_seed(settings.seed)
@@ -190,30 +195,10 @@ def make_transformer(vae, tokenizer, encoders, settings):
         text_encoder_3=None, tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     with torch.no_grad():
-        # 25 × 8 × 64 and 25 × 64; the empty caption is the last
+        # 25×8×64 and 25×64; the empty caption is the last
         embeds, _, pooled, _ = pipe.encode_prompt(
             [*CAPTIONS, ""], None, None, do_classifier_free_guidance=False, max_sequence_length=0)
-        grid = torch.cartesian_prod(torch.arange(len(templates()[1])), torch.arange(6),
-                                    torch.arange(4))
-        bank = torch.cat([vae.encode(draw(*part.T) * 2 - 1).latent_dist.mode()
-                          for part in grid.split(512)])
-    # every picture of the world, encoded once
-    bank = (bank - vae.config.shift_factor) * vae.config.scaling_factor
-
-    def loss_of(net, name, shift, step):
-        generator = rng(settings.seed, name, step)
-        template, colour, scene = sample_labels(128, generator)
-        x0 = bank[(template * 6 + colour) * 4 + scene]            # B × 4 × 8 × 8
-        caption = templates()[1][template] * len(COLOURS) + colour
-        # dropout makes the unconditional branch
-        caption[torch.rand(128, generator=generator) < 0.1] = len(CAPTIONS)
-        u = torch.rand(128, generator=generator)
-        sigma = shift_sigma(u, shift)[:, None, None, None]
-        noise = torch.randn(x0.shape, generator=generator)
-        v = net(hidden_states=(1 - sigma) * x0 + sigma * noise, timestep=1000 * sigma.flatten(),
-                encoder_hidden_states=embeds[caption], pooled_projections=pooled[caption],
-                return_dict=False)[0]
-        return F.mse_loss(v, noise - x0)
+    bank = encode_world(vae)
 
     # Two one-cycles. The first draws sigma as densely as the sampler's shifted grid has it, the
     # second goes on from the first's average with every sigma alike: at middle noise, where the
@@ -222,70 +207,122 @@ def make_transformer(vae, tokenizer, encoders, settings):
                                    ("transformer_refined", settings.refine_steps, 1e-3, 1)):
         ema = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-        model = fit(name, model, functools.partial(loss_of, model, name, shift), steps, lr,
-                    settings, ema)
+
+        def loss_at(step):
+            generator = rng(settings.seed, name, step)
+            return flow_matching_loss(model, bank, embeds, pooled, shift, generator)
+
+        model = fit(name, model, loss_at, steps, lr, settings, ema)
     pipe.transformer = model.eval()
     return pipe
 
 
+@torch.no_grad()
+def encode_world(vae):
+    """The whitened latents of every picture of the world, [T·6·4, 4, 8, 8]: of every template,
+    colour and scene, in this order. Training looks them up instead of encoding them again."""
+    labels = torch.cartesian_prod(torch.arange(len(templates()[1])), torch.arange(len(COLOURS)),
+                                  torch.arange(len(SCENES)))              # T·6·4 × 3
+    latents = []
+    for part in labels.split(512):
+        pictures = draw(*part.T) * 2 - 1
+        latents.append(vae.encode(pictures).latent_dist.mode())
+    return (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def flow_matching_loss(net, bank, embeds, pooled, shift, generator):
+    """Mean (v − (ε − x0))² over a batch of 128 drawn from the world, a scalar. embeds [25, 8, 64]
+    and pooled [25, 64] are those of the captions and, last, of the empty one."""
+    template, colour, scene = sample_labels(128, generator)               # B each
+    x0 = bank[(template * len(COLOURS) + colour) * len(SCENES) + scene]   # B×4×8×8
+    caption = templates()[1][template] * len(COLOURS) + colour            # B
+    # A tenth of the captions is dropped: so the network learns the unconditional answer that
+    # guidance needs.
+    caption[torch.rand(128, generator=generator) < 0.1] = len(CAPTIONS)
+    sigma = shift_sigma(torch.rand(128, generator=generator), shift)      # B
+    noise = torch.randn(x0.shape, generator=generator)
+    each = sigma[:, None, None, None]                                     # B×1×1×1
+    v = net(hidden_states=(1 - each) * x0 + each * noise, timestep=1000 * sigma,
+            encoder_hidden_states=embeds[caption], pooled_projections=pooled[caption],
+            return_dict=False)[0]
+    return F.mse_loss(v, noise - x0)
+
+
+# ================================================================== vision backbones
+
 def make_backbone(name, depths, widths, seed, settings):
-    """A small ConvNeXt V2 that tells shape, colour and scene;
-    kept without its heads, as a feature network."""
+    """A small ConvNeXt V2 that learns to tell shape, colour and scene. Kept without its head, as a
+    feature network: one for the discriminator, another one for the metrics."""
     from transformers import ConvNextV2Backbone, ConvNextV2Config
     torch.manual_seed(seed)
     net = torch.nn.Module()
     net.backbone = ConvNextV2Backbone(ConvNextV2Config(
         patch_size=2, num_stages=3, hidden_sizes=list(widths), depths=list(depths), image_size=SIZE,
-        out_features=["stage1", "stage2", "stage3"]))                      # maps of 16², 8² and 4²
-    net.head = torch.nn.Linear(2 * widths[-1], len(SHAPES) + len(COLOURS) + len(SCENES))
+        out_features=["stage1", "stage2", "stage3"]))                     # maps of 16², 8², 4²
+    answers = [len(SHAPES), len(COLOURS), len(SCENES)]
+    net.head = torch.nn.Linear(2 * widths[-1], sum(answers))
 
     def loss_at(step):
         generator = rng(seed, name, step)
         template, colour, scene = sample_labels(128, generator)
-        # every scene equally often: nothing to guess from
+        # Every scene equally often: the shape must not give it away.
         scene = torch.randint(len(SCENES), (128,), generator=generator)
         pictures = draw(template, colour, scene) * 2 - 1
-        pictures = pictures + 0.1 * torch.rand(128, 1, 1, 1, generator=generator) * torch.randn(
-            pictures.shape, generator=generator)
+        # Up to 0.1 of noise, since it will look at a student's imperfect pictures.
+        amount = 0.1 * torch.rand(128, 1, 1, 1, generator=generator)
+        pictures = pictures + amount * torch.randn(pictures.shape, generator=generator)
         last = net.backbone(pictures).feature_maps[-1]                    # B×C×4×4
-        logits = net.head(torch.cat([last.mean((2, 3)), last.amax((2, 3))], 1))
-        parts = logits.split([len(SHAPES), len(COLOURS), len(SCENES)], 1)
-        return sum(F.cross_entropy(p, t) for p, t in zip(
-            parts, (templates()[1][template], colour, scene), strict=True))
+        features = torch.cat([last.mean((2, 3)), last.amax((2, 3))], 1)   # B×2C
+        of_shape, of_colour, of_scene = net.head(features).split(answers, 1)
+        return (F.cross_entropy(of_shape, templates()[1][template])
+                + F.cross_entropy(of_colour, colour) + F.cross_entropy(of_scene, scene))
 
     return fit(name, net, loss_at, settings.backbone_steps, 2e-3, settings).backbone.eval()
 
 
+# ================================================================== what it is worth
+
+@torch.inference_mode()
 def report(folder, n, seed):
     """Prints what the finished teacher is worth: n samples a caption, with and without guidance."""
-    from model import PRESETS, Decoder, PromptBook, load_transformer
+    from model import PRESETS, Decoder, Prompts, load_transformer
     from sampler import image_noise, load_scheduler, sample_guided, teacher_sigmas
+    from train_stage1 import TINY
     preset = dataclasses.replace(PRESETS["tiny"], source=str(folder))
-    captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)
-    book = PromptBook(preset, "cpu", lambda i: [], 0, keep=CAPTIONS)
+    captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)           # 24·n
+    prompts = Prompts(preset, CAPTIONS, "cpu")
     net, decode = load_transformer(preset), Decoder(preset, "cpu")
-    sigmas, w = teacher_sigmas(load_scheduler(preset)), preset.guidance
-    with torch.inference_mode():
-        truth = draw(*sample_labels(len(captions), rng(seed, "report"), captions))
-        again = [decode.vae.decode(decode.vae.encode(p * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-                 for p in truth.split(256)]
-        one, other = read(truth), read(torch.cat(again).clamp(0, 1))
-        same = torch.stack([one[key] == other[key] for key in ("shape", "colour", "scene")]).all(0)
-        print(f"VAE: {same.float().mean():.3f} of {len(same)} reconstructions are read right")
-        for guidance, alpha in ((1.0, 1.0), (w, 1.0), (w, preset.alpha)):
-            pictures = []
-            for batch in torch.arange(len(captions)).split(128):
-                latents, passes = sample_guided(
-                    net, image_noise(seed, batch, (4, 8, 8)),
-                    book.of([CAPTIONS[captions[i]] for i in batch]),
-                    book.uncond(len(batch)), sigmas, guidance, alpha)
-                pictures.append(decode(latents).clamp(0, 1))
-            found = measure(torch.cat(pictures), captions)
-            print(f"teacher, guidance {guidance:g} for sigma <= {alpha:g}, {passes} passes: "
-                  f"caption right {found['correct'].mean():.3f}, "
-                  f"usual scene {found['usual'].mean():.3f}, "
-                  f"scene entropy {found['scene_entropy'].mean():.3f} (n = {n})")
+    sigmas, w = teacher_sigmas(load_scheduler(preset)), TINY["guidance"]
 
+    report_vae(decode.vae, draw(*sample_labels(len(captions), rng(seed, "report"), captions)))
+    for guidance, alpha in ((1.0, 1.0), (w, 1.0), (w, TINY["alpha"])):
+        pictures = []
+        for images in torch.arange(len(captions)).split(128):
+            noise = image_noise(seed, images, (4, 8, 8))
+            latents, passes = sample_guided(net, noise, prompts.take(captions[images]),
+                                            prompts.uncond(len(images)), sigmas, guidance, alpha)
+            pictures.append(decode(latents).clamp(0, 1))
+        found = measure(torch.cat(pictures), captions)
+        print(f"teacher, guidance {guidance:g} for sigma <= {alpha:g}, {passes} passes: "
+              f"caption right {found['correct'].mean():.3f}, "
+              f"usual scene {found['usual'].mean():.3f}, "
+              f"scene entropy {found['scene_entropy'].mean():.3f} (n = {n})")
+
+
+def report_vae(vae, pictures):
+    """Prints how many pictures [B, 3, 32, 32] the exact reader still reads alike after the VAE."""
+    again = []
+    for part in pictures.split(256):
+        latents = vae.encode(part * 2 - 1).latent_dist.mode()
+        again.append(vae.decode(latents).sample / 2 + 0.5)
+    before, after = read(pictures), read(torch.cat(again).clamp(0, 1))
+    same = torch.ones(len(pictures), dtype=torch.bool)
+    for key in ("shape", "colour", "scene"):
+        same &= before[key] == after[key]
+    print(f"VAE: {same.float().mean():.3f} of {len(same)} reconstructions are read right")
+
+
+# ================================================================== command
 
 @command
 def main(argv):
@@ -304,14 +341,16 @@ def main(argv):
 
     def write(folder):
         pipe.to(torch.float16)
-        for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-            encoder.float()  # transformers would load them in half, diffusers the rest in fp32
+        # transformers would load these two in half again, diffusers loads the rest in fp32.
+        pipe.text_encoder.float()
+        pipe.text_encoder_2.float()
         pipe.save_pretrained(folder)
         for name, backbone in backbones.items():
             backbone.half().save_pretrained(folder / name)
 
     save_whole(out, write)
-    print(f"{out}: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
     if settings.report_samples:
         report(out, settings.report_samples, settings.seed)
 

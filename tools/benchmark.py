@@ -14,7 +14,7 @@ import dataclasses
 import statistics
 import time
 
-from run import command, option, parse_settings, versions
+from run import UserError, command, option, parse_settings, versions
 
 import torch
 
@@ -143,6 +143,9 @@ def main(argv):
     torch.manual_seed(0)
     f = make_compensation(net.inner_dim).to(device, dtype)
     factor = vae_factor(preset)
+    if settings.resolution and settings.resolution % (factor * config.patch_size):
+        raise UserError(f"--resolution {settings.resolution} is not a multiple of "
+                        f"{factor * config.patch_size}")
     side = settings.resolution // factor if settings.resolution else config.sample_size
     x = torch.randn(1, config.in_channels, side, side, device=device)
     embeds = torch.randn(1, preset.tokens, config.joint_attention_dim, device=device, dtype=dtype)

@@ -7,26 +7,35 @@ Activations are measured: one block of each kind runs on the CPU at true width a
 the bytes it keeps for backward are counted, each storage once; VAE and discriminator run on a small
 picture and are scaled by pixels. FLOPs are counted on meta tensors.
 Plans are for CUDA (bf16 autocast, fp32 weights that learn) unless --device cpu is given.
-Bytes; GB = 1e9 bytes. P parameters, b samples at a time on one GPU.
+Bytes; GB = 1e9 bytes. b samples at a time on one GPU.
 """
 
+import dataclasses
+import tempfile
+from pathlib import Path
 
 import torch
 
-from cache import BlockCache, make_compensation
-from model import Decoder, Discriminator
+from model import Decoder, Discriminator, add_lora, check_base, vae_factor
+from cache import CachedSD3, make_compensation
 from sampler import forward_flops
+from tools.random_model import save_backbone, save_vae
 
 GB, GPU = 1e9, 80e9         # the GPU that plans are made for
 ROOM = 6e9                  # [ours] of it left free: CUDA context, libraries, fragments
 PROBE = 128                 # [ours] pixels of a side at which VAE and discriminator are probed
+COUNTS = (1, 2, 4, 8)       # GPUs, the columns of the table
 
 
-def meta_transformer(config):
+# ================================================================== counting bytes
+
+def meta_transformer(config, lora_rank=None):
     """The transformer of a config, with shapes and no memory."""
-    from diffusers import SD3Transformer2DModel
     with torch.device("meta"):
-        return SD3Transformer2DModel.from_config(config).eval()
+        net = CachedSD3.from_config(config).eval()
+        if lora_rank:
+            add_lora(net, lora_rank, seed=0)
+    return net
 
 
 def bytes_of(tensors, each=None):
@@ -37,177 +46,281 @@ def bytes_of(tensors, each=None):
 def saved_bytes(call, weights=(), blocks=()):
     """(bytes that call() keeps for backward, the most that one of `blocks` keeps of them): each
     storage once, without the weights themselves."""
-    seen, skip, inside = {}, {w.untyped_storage()._cdata for w in weights}, [None]
+    known = {w.untyped_storage()._cdata for w in weights}
+    storages = []                       # kept alive, so that no address is given out twice
+    within = {block: 0 for block in blocks}
+    running = [None]                    # the block that runs now
 
-    def pack(tensor):
+    def pack(tensor):                   # torch calls it for each tensor that backward will need
         storage = tensor.untyped_storage()
-        if storage._cdata not in skip and storage._cdata not in seen:
-            seen[storage._cdata] = storage.nbytes(), inside[0], storage
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            storages.append(storage)
+            if running[0] is not None:
+                within[running[0]] += storage.nbytes()
         return tensor
-    hooks = [hook for block in blocks for hook in (
-        block.register_forward_pre_hook(lambda module, _: inside.__setitem__(0, module)),
-        block.register_forward_hook(lambda *_: inside.__setitem__(0, None)))]
+
+    def enter(block, args):
+        running[0] = block
+
+    def leave(block, args, output):
+        running[0] = None
+
+    hooks = []
+    for block in blocks:
+        hooks.append(block.register_forward_pre_hook(enter))
+        hooks.append(block.register_forward_hook(leave))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
     for hook in hooks:
         hook.remove()
-    most = max((sum(n for n, where, _ in seen.values() if where is block) for block in blocks),
-               default=0)
-    return sum(n for n, *_ in seen.values()), most
+    return sum(storage.nbytes() for storage in storages), max(within.values(), default=0)
 
+
+# ================================================================== activations
 
 def block_bytes(net, tokens, half):
     """[(kept, inputs)] for each block of a meta transformer: bytes for a sample of (image, text)
     tokens that it keeps for backward, and those of its inputs, which are all that checkpointing
-    keeps. Under autocast without the bf16 copies of weights: they do not grow with the batch."""
-    found, width = {}, net.inner_dim
-    for block in net.transformer_blocks[:-1]:
-        kind = block.attn2 is not None          # dual attention (SD3.5-Medium)
+    keeps."""
+    blocks = list(net.transformer_blocks)
+    found = {}
+    # The last block is cheaper, since it returns no text. It is counted like its neighbours.
+    for block in blocks[:-1]:
+        kind = block.attn2 is not None                    # dual attention (SD3.5-Medium)
         if kind not in found:
-            real = block.to_empty(device="cpu")
-            for p in real.parameters():
-                torch.nn.init.constant_(p, 0.01)
-            shapes = (1, tokens[0], width), (1, tokens[1], width), (1, width)
-            dtype = torch.bfloat16 if half else torch.float32
-            x, text, temb = (torch.ones(s, dtype=dtype, requires_grad=True) for s in shapes)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                kept, _ = saved_bytes(lambda: real(
-                    hidden_states=x, encoder_hidden_states=text, temb=temb), real.parameters())
-            copies = bytes_of((p for p in real.parameters() if p.ndim > 1), 2) if half else 0
-            found[kind] = kept - copies, bytes_of((x, text))
-            block.to("meta")
-    kinds = [block.attn2 is not None for block in net.transformer_blocks]
-    return [found.get(kind, next(iter(found.values()))) for kind in kinds]
+            found[kind] = probe_block(block, tokens, net.inner_dim, half)
+    return [found.get(block.attn2 is not None, found[blocks[0].attn2 is not None])
+            for block in blocks]
 
 
-def state_of(stage, net, half, f=None, discriminator=None, bare=None):
-    """{what: (bytes, whether FSDP shards it)}; gradients of student and fake score never live at
-    once, nor do the discriminator's and the generator's. bare: the transformer without LoRA, if
-    Stage II has teacher and fake score, too."""
+def probe_block(block, tokens, width, half):
+    """(kept, inputs) of one block, run on the CPU and put back onto the meta device."""
+    block.to_empty(device="cpu")
+    for p in block.parameters():
+        torch.nn.init.constant_(p, 0.01)                  # unset memory may hold what is slow
+    dtype = torch.bfloat16 if half else torch.float32
+    image = torch.ones(1, tokens[0], width, dtype=dtype, requires_grad=True)
+    text = torch.ones(1, tokens[1], width, dtype=dtype, requires_grad=True)
+    temb = torch.ones(1, width, dtype=dtype, requires_grad=True)
+
+    def call():
+        block(hidden_states=image, encoder_hidden_states=text, temb=temb)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        kept, _ = saved_bytes(call, block.parameters())
+    if half:
+        # Autocast keeps bf16 copies of the weights. They do not grow with the batch, so they are
+        # counted elsewhere (Needs.copies).
+        kept -= bytes_of((p for p in block.parameters() if p.ndim > 1), 2)
+    block.to("meta")
+    return kept, bytes_of((image, text))
+
+
+def load_picture_networks(preset, stage):
+    """(Decoder, Discriminator or None in Stage I, VAE's factor) on the CPU. For a preset whose
+    architecture is known they have random weights, since nothing may be downloaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        if preset.architecture:
+            backbone = Path(folder, "discriminator_backbone")
+            save_vae(Path(folder, "vae"))
+            if stage == 2:
+                save_backbone(backbone)
+            preset = dataclasses.replace(preset, source=folder, discriminator=str(backbone))
+        discriminator = Discriminator(preset) if stage == 2 else None
+        return Decoder(preset, "cpu"), discriminator, vae_factor(preset)
+
+
+def picture_bytes(decode, discriminator, shape, factor):
+    """{checkpointing: bytes} that VAE and discriminator keep for backward, for a sample of latents
+    `shape` [C, H, W]."""
+    side = min(PROBE // factor, shape[1])
+    latents = torch.zeros(1, shape[0], side, side, requires_grad=True)
+    picture = torch.zeros(1, 3, side * factor, side * factor, requires_grad=True)
+    vae = decode.vae
+    blocks = [vae.decoder.mid_block, *vae.decoder.up_blocks]
+    judged, _ = saved_bytes(lambda: discriminator(picture), discriminator.parameters())
+    plain, most = saved_bytes(lambda: decode(latents), vae.parameters(), blocks)
+    vae.enable_gradient_checkpointing()
+    light, _ = saved_bytes(lambda: decode(latents), vae.parameters())
+    # With checkpointing one block is whole again at a time, when it is recomputed in backward.
+    scale = shape[1] * shape[2] / side ** 2               # convolutions: so many more pixels
+    return {False: (plain + judged) * scale, True: (light + most + judged) * scale}
+
+
+# ================================================================== the state and the peak
+
+def state_of(stage, net, half, f=None, discriminator=None):
+    """{what: (bytes, whether FSDP shards it)}. AdamW keeps two fp32 numbers for each weight that
+    learns: 8 bytes. Gradients of student and fake score never live at once, nor do the
+    discriminator's and the generator's."""
     weights, buffers = list(net.parameters()), list(net.buffers())
-    frozen, small = 2 if half else 4, list(f.parameters()) if f else []
+    frozen = 2 if half else 4                             # bytes of a weight that never learns
     if stage == 1:
-        rows = {"teacher": (bytes_of(weights, frozen), True),
+        return {"teacher": (bytes_of(weights, frozen), True),
                 "student": (bytes_of(weights, 4), True),
                 "fake score": (bytes_of(weights, 4), True),
                 "optimiser, both": (bytes_of(weights, 16), True),
                 "gradients, one at a time": (bytes_of(weights, 4), True),
                 "position tables": (bytes_of(buffers, 8 + frozen), False)}
-    else:
-        learning = [p for p in weights if p.requires_grad]
-        heads = list(discriminator.heads.parameters())
-        rows = {"student": (bytes_of(weights, 4), True),
-                "optimiser": (bytes_of(learning, 8), True),
-                "gradients": (bytes_of(learning, 4), True),
-                "f with optimiser": (bytes_of(small, 16), False),
-                "discriminator": (bytes_of(discriminator.parameters(), 4)
-                                  + bytes_of(heads, 12), False),
-                "position tables": (bytes_of(buffers, 4), False)}
-        if bare is not None:
-            base = list(bare.parameters())
-            rows |= {"teacher": (bytes_of(base, frozen), True),
-                     "fake score with optimiser": (bytes_of(base, 12), True),
-                     "gradients": (max(bytes_of(learning, 4), bytes_of(base, 4)), True),
-                     "position tables": (bytes_of(buffers, 8 + frozen), False)}
-    return rows
+    learning = [p for p in weights if p.requires_grad]    # with LoRA not all do
+    judge = bytes_of(discriminator.parameters(), 4) + bytes_of(discriminator.heads.parameters(), 12)
+    # f and the heads: 4 bytes of weight, 4 of gradient, 8 of optimiser.
+    return {"student": (bytes_of(weights, 4), True),
+            "optimiser": (bytes_of(learning, 8), True),
+            "gradients": (bytes_of(learning, 4), True),
+            "f with optimiser": (bytes_of(f.parameters(), 16) if f else 0, False),
+            "discriminator": (judge, False),
+            "position tables": (bytes_of(buffers, 4), False)}
 
 
-def plan(stage, preset, config, settings, shape, steps=2, span=None, prepare=lambda net: net):
-    """The plan of a run as text. shape: latents C, H, W; prepare: what adds LoRA."""
+@dataclasses.dataclass
+class Needs:
+    """What a run needs, in bytes."""
+    state: dict         # {what: (bytes, whether FSDP shards it)}
+    copies: float       # one GPU: bf16 copies of the weights that autocast keeps during a pass
+    gathered: float     # several GPUs: the two blocks that are whole at a time
+    blocks: list        # (kept, inputs) for a sample, of each block that runs with gradient
+    most: float         # the largest block's kept bytes
+    pictures: dict      # {checkpointing: bytes for a sample} of VAE and discriminator
+
+    def in_blocks(self, checkpointing):
+        """Bytes that the blocks keep for a sample. With checkpointing these are the inputs of all
+        blocks, and one block is whole again at a time."""
+        if checkpointing:
+            return sum(inputs for _, inputs in self.blocks) + self.most
+        return sum(kept for kept, _ in self.blocks)
+
+    def peak(self, processes, b, checkpointing):
+        """Bytes on each of `processes` GPUs at the busiest moment, b samples at a time."""
+        held = 0
+        for size, sharded in self.state.values():
+            held += size / processes if sharded else size
+        held += self.copies if processes == 1 else self.gathered
+        temporaries = self.most                           # [ours] as much as the largest block
+        return held + b * (self.in_blocks(checkpointing) + self.pictures[checkpointing]
+                           + temporaries)
+
+
+def measure_needs(stage, preset, settings, shape, config, net, span):
+    """Builds and measures everything: the Needs of a run."""
     half = settings.device != "cpu"
-    net = prepare(meta_transformer(config))
-    tokens = shape[1] * shape[2] // config["patch_size"] ** 2, preset.tokens
-    bare, ratio = meta_transformer(config), 1.0
-    full = forward_flops(bare, shape, preset.tokens)
-    if span:                            # the share of a pass that is left when the span is reused
-        with torch.device("meta"):
-            cache = BlockCache(bare, span, make_compensation(bare.inner_dim))
-        forward_flops(bare, shape, preset.tokens, cache, "record")
-        ratio = forward_flops(bare, shape, preset.tokens, cache, "reuse") / full
-    kept = whole = block_bytes(meta_transformer(config), tokens, half)
-    most = max(n for n, _ in kept)
-    if stage == 2 and span:
-        first, last = map(int, span.split("-"))
-        kept = kept[:first] + kept[last + 1:]
-    offline = bool(preset.architecture)
-    decode = Decoder(preset, "cpu", offline)
-    weights = list(net.parameters())
-    extra = {False: 0, True: 0}                 # picture networks' activations; True: checkpointed
-    f = make_compensation(net.inner_dim) if span else None
-    pooled = config["pooled_projection_dim"]
-    discriminator = (Discriminator(preset, None if settings.unconditional else pooled,
-                                   random_weights=offline) if stage == 2 else None)
-    if stage == 2:
-        factor = decode.factor
-        side = min(PROBE // factor, shape[1])
-        scale = shape[1] * shape[2] / side ** 2
-        x = torch.zeros(1, shape[0], side, side, requires_grad=True)
-        blocks = [decode.vae.decoder.mid_block, *decode.vae.decoder.up_blocks]
-        picture = torch.zeros(1, 3, side * factor, side * factor, requires_grad=True)
-        seen, _ = saved_bytes(lambda: discriminator(picture, torch.ones(1, pooled)),
-                              discriminator.parameters())
-        plain, worst = saved_bytes(lambda: decode(x), decode.vae.parameters(), blocks)
-        decode.vae.enable_gradient_checkpointing()
-        light, _ = saved_bytes(lambda: decode(x), decode.vae.parameters())
-        extra = {False: (plain + seen) * scale, True: (light + worst + seen) * scale}
-    match = stage == 2 and settings.match_iterations > 0
-    state = state_of(stage, net, half, f, discriminator,
-                     meta_transformer(config) if match else None)
+    tokens = shape[1] * shape[2] // config["patch_size"] ** 2, preset.tokens    # N, L
+    decode, discriminator, factor = load_picture_networks(preset, stage)
+    f = None
+    if span and not settings.no_compensation:
+        f = make_compensation(net.inner_dim)
+    state = state_of(stage, net, half, f, discriminator)
     state["VAE"] = bytes_of(decode.vae.parameters(), 4), False
-    gathered = 2 * max(bytes_of(b.parameters(), 8) for b in net.transformer_blocks)
 
-    def peak(processes, b, checkpointing):
-        # One GPU: autocast keeps bf16 copies of the weights during a pass. Several: two blocks are
-        # whole at a time, weights and gradients in bf16 and the gradient to be summed in fp32.
-        held = sum(n / processes if sharded else n for n, sharded in state.values())
-        copies = (bytes_of(weights, 2) if half else 0) if processes == 1 else gathered
-        def inside(blocks):
-            return sum(i for _, i in blocks) + most if checkpointing else sum(n for n, _ in blocks)
-        busiest = max(inside(kept) + extra[checkpointing], inside(whole) * match)
-        return held + copies + b * (busiest + most)                         # `most`: temporaries
+    blocks = block_bytes(meta_transformer(config), tokens, half)
+    most = max(kept for kept, _ in blocks)
+    if span:                                              # the step that learns skips them
+        blocks = blocks[:span[0]] + blocks[span[1] + 1:]
+    pictures = {False: 0, True: 0}                        # Stage I looks at latents alone
+    if stage == 2:
+        pictures = picture_bytes(decode, discriminator, shape, factor)
+    # A block that FSDP has gathered: 2 bytes of weight, 2 of gradient, 4 of gradient to be summed.
+    largest = max(bytes_of(block.parameters(), 8) for block in net.transformer_blocks)
+    copies = bytes_of(net.parameters(), 2) if half else 0
+    return Needs(state, copies, 2 * largest, blocks, most, pictures)
 
-    batch, lines = settings.batch_size, ["memory plan" + (" (CUDA)" if half else " (CPU)")]
-    lines += [f"  {what:26}{n / GB:9.3f} GB{'' if sharded else '  on every GPU'}"
-              for what, (n, sharded) in state.items()]
-    lines += [f"  activations of a sample: {sum(n for n, _ in kept) / GB:.2f} GB in the blocks, "
-              f"checkpointed {(sum(i for _, i in kept) + most) / GB:.2f} GB" + (
-                  f"; pictures {extra[False] / GB:.2f} GB, checkpointed {extra[True] / GB:.2f} GB"
-                  if stage == 2 else "")]
-    lines += ["  peak on each of        " + "".join(f"{n:>7} GPU" for n in (1, 2, 4, 8))]
-    rows = {"as given": (settings.accumulation, settings.gradient_checkpointing),
-            "with checkpointing": (settings.accumulation, True), "... and one sample": (None, True)}
-    fits = {}
-    for name, (accumulation, checkpointing) in rows.items():
-        cells = []
-        for n in (1, 2, 4, 8):
-            b = max(1, batch // n // accumulation) if accumulation else 1
-            fits[name, n] = peak(n, b, checkpointing)
-            cells.append(f"{fits[name, n] / GB:8.1f} GB")
-        lines.append(f"  {name:23}" + "".join(cells))
-    given = fits["as given", 1] <= GPU - ROOM
-    room = [(n, name) for n in (1, 2, 4, 8) for name in rows if fits[name, n] <= GPU - ROOM]
-    advice = {"as given": "", "with checkpointing": " with --gradient-checkpointing",
-              "... and one sample": " with --gradient-checkpointing and --accumulation {}"}
-    if half and not given:
-        lines.append("  80 GB GPUs: " + (
-            f"fits {room[0][0]} GPU{'s' * (room[0][0] > 1)}"
-            + advice[room[0][1]].format(max(1, batch // room[0][0])) if room else
-            "does not fit 8 of them; lower --resolution, or --lora-rank in Stage II"))
-    learning = bytes_of((p for p in weights if p.requires_grad), 8)
-    disk = (2 * (bytes_of(weights, 4) + learning) if stage == 1
-            else bytes_of(weights, 4) + learning + state["f with optimiser"][0]
-            + (state["fake score with optimiser"][0] if match else 0))
-    lines.append(f"  disk: {disk / GB:.1f} GB a checkpoint, three while one is written; student/ "
-                 f"{bytes_of(meta_transformer(config).parameters(), 2) / GB:.1f} GB")
-    again = int(settings.gradient_checkpointing)
+
+# ================================================================== lines of text
+
+ROWS = ("as given", "with checkpointing", "... and one sample")
+ADVICE = {"as given": "", "with checkpointing": " with --gradient-checkpointing",
+          "... and one sample": " with --gradient-checkpointing and --accumulation {}"}
+
+
+def peaks(needs, settings):
+    """{(row, GPUs): bytes} for the settings as given, with checkpointing, and with one sample at a
+    time, too."""
+    table = {}
+    for n in COUNTS:
+        b = max(1, settings.batch_size // n // settings.accumulation)
+        table["as given", n] = needs.peak(n, b, settings.gradient_checkpointing)
+        table["with checkpointing", n] = needs.peak(n, b, True)
+        table["... and one sample", n] = needs.peak(n, 1, True)
+    return table
+
+
+def memory_lines(needs, settings, stage):
+    """The state, the activations and the table of peaks."""
+    lines = ["memory plan" + (" (CPU)" if settings.device == "cpu" else " (CUDA)")]
+    for what, (size, sharded) in needs.state.items():
+        lines.append(f"  {what:26}{size / GB:9.3f} GB{'' if sharded else '  on every GPU'}")
+    line = (f"  activations of a sample: {needs.in_blocks(False) / GB:.2f} GB in the blocks, "
+            f"checkpointed {needs.in_blocks(True) / GB:.2f} GB")
+    if stage == 2:
+        line += (f"; pictures {needs.pictures[False] / GB:.2f} GB, "
+                 f"checkpointed {needs.pictures[True] / GB:.2f} GB")
+    lines.append(line)
+    table = peaks(needs, settings)
+    lines.append("  peak on each of        " + "".join(f"{n:>7} GPU" for n in COUNTS))
+    for row in ROWS:
+        cells = [f"{table[row, n] / GB:8.1f} GB" for n in COUNTS]
+        lines.append(f"  {row:23}" + "".join(cells))
+    if settings.device != "cpu" and table["as given", 1] > GPU - ROOM:
+        lines.append("  80 GB GPUs: " + advice(table, settings.batch_size))
+    return lines
+
+
+def advice(table, batch_size):
+    """The fewest GPUs that the run fits, and with what."""
+    for n in COUNTS:
+        for row in ROWS:
+            if table[row, n] <= GPU - ROOM:
+                return (f"fits {n} GPU{'s' if n > 1 else ''}"
+                        + ADVICE[row].format(max(1, batch_size // n)))
+    return f"does not fit {COUNTS[-1]} of them; lower --resolution, or --lora-rank in Stage II"
+
+
+def disk_line(stage, net, config, state):
+    """Bytes of a checkpoint and of the result."""
+    whole = bytes_of(net.parameters(), 4)
+    learning = bytes_of((p for p in net.parameters() if p.requires_grad), 8)
+    if stage == 1:
+        checkpoint = 2 * (whole + learning)               # student and fake score
+    else:
+        checkpoint = whole + learning + state["f with optimiser"][0]
+    student = bytes_of(meta_transformer(config).parameters(), 2)          # LoRA is merged
+    return (f"  disk: {checkpoint / GB:.1f} GB a checkpoint, three while one is written; student/ "
+            f"{student / GB:.1f} GB")
+
+
+def compute_lines(stage, preset, settings, shape, config, steps, span):
+    """Transformer passes and FLOPs of an iteration or turn."""
+    net = meta_transformer(config)
+    full, delta = forward_flops(net, shape, preset.tokens, span=span)
+    ratio = 1.0                         # the share of a pass that is left when the span is skipped
+    if span:
+        with torch.device("meta"):
+            f = None if settings.no_compensation else make_compensation(net.inner_dim)
+        rest, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta, f=f)
+        ratio = rest / full
     # A pass counts 1, with its backward 3, recomputed in backward 4.
-    turns = {"an iteration": steps + (3 + again) * 2 + 2 + 1} if stage == 1 else {
-        "D's turn": steps - 1 + ratio, "G's turn": steps - 1 + (3 + again) * ratio}
-    if match:                           # of any step, each as often: the roll-out, then that step
-        rolled, own = (steps - 1) * (1 + (steps - 2) * ratio / 2) / steps, (
-            1 + (steps - 1) * ratio) / steps
-        turns |= {"fake score's turn": rolled + own + 3 + again,
-                  "student's turn in the match": rolled + (3 + again) * own + 2 + 1}
-    lines += [f"  {what}: {n:.2f} transformer passes a sample, {n * full * batch / 1e12:.0f} TFLOP"
-              for what, n in turns.items()]
-    return "\n".join(lines)
+    learning = 4 if settings.gradient_checkpointing else 3
+    if stage == 1:
+        # The roll-out; student and fake score with gradient; the guided teacher's two passes; the
+        # fake score's answer for the student.
+        turns = {"an iteration": settings.steps + 2 * learning + 2 + 1}
+    else:
+        before = 1 + (steps - 2) * ratio                  # steps without the last: one in full
+        turns = {"D's turn": before + ratio, "G's turn": before + learning * ratio}
+    lines = []
+    for what, passes in turns.items():
+        tera = passes * full * settings.batch_size / 1e12
+        lines.append(f"  {what}: {passes:.2f} transformer passes a sample, {tera:.0f} TFLOP")
+    return lines
+
+
+def plan(stage, preset, settings, shape, steps=2, span=None):
+    """The plan of a run as text. settings are those of the stage's script; shape: latents
+    [C, H, W]. Stage II passes the steps of its Stage I run and its span (n, m) or None."""
+    config = preset.architecture or check_base(preset)
+    net = meta_transformer(config, settings.lora_rank if stage == 2 else None)
+    needs = measure_needs(stage, preset, settings, shape, config, net, span)
+    return "\n".join([*memory_lines(needs, settings, stage),
+                      disk_line(stage, net, config, needs.state),
+                      *compute_lines(stage, preset, settings, shape, config, steps, span)])
