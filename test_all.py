@@ -1041,9 +1041,14 @@ def test_each_discriminator_turn_is_the_papers_formulas(i, stage2, prompts, deco
         _, _, sample = cached_path(turn, stage2.noise(batch["noise"]), prompt)
         picture = decode(sample)
     discriminator = judge(turn, stage2.settings.seed)
-    loss = cross_entropy(discriminator(references[batch["noise"]] / 255), 0.8)
-    loss = loss + cross_entropy(discriminator(picture), 0.0)
+    of_reference = discriminator(references[batch["noise"]] / 255)
+    of_picture = discriminator(picture)
+    loss = cross_entropy(of_reference, 0.8) + cross_entropy(of_picture, 0.0)
     loss.backward()
+    ranks = [(r > p).float().mean() for r, p in zip(of_reference, of_picture, strict=True)]
+    logged = metrics(stage2.folder)[i]
+    assert logged["loss_d"] == pytest.approx(loss.item(), rel=1e-3)
+    assert logged["d_ranks"] == pytest.approx(sum(ranks).item() / len(ranks), abs=2e-3)
     assert (turn["learners"], turn["limit"]) == (["discriminator"], math.inf)
     assert_close(turn["gradients"]["discriminator"], gradients(discriminator.heads))
     assert not turn["gradients"]["student"] and not turn["gradients"]["compensation"]

@@ -1,0 +1,174 @@
+"""Which blocks may be skipped? Measures a Stage I run and proposes a span for Stage II.
+
+    python -m tools.find_span --checkpoint runs/tiny-stage1 --nfe 1.67
+
+Two tables. The first tells for each block how much its residual, what the block adds to the image
+and to the text, changes from step one to step two: a block that does the same again can be skipped.
+The second tries each span of the wanted width: step two with the span's Δ0 reused as it is, without
+f, against step two in full. The span with the smallest error is proposed. Not here: the cache
+(cache.py) and the training of f, which makes the error smaller still (train_stage2.py).
+
+Dimension key: B batch, C latent channels, H W latent size, N image tokens, L text tokens, D width.
+"""
+
+import dataclasses
+
+from run import UserError, command, option, parse_settings, rng
+
+import torch
+
+from cache import nfe
+from model import Prompts, default_prompts, find_preset, pick_device, velocity
+from sampler import (cached_velocity, image_noise, load_student, read_recipe, roll_out,
+                     sigma_grid)
+
+
+@dataclasses.dataclass
+class Settings:
+    checkpoint: str = option(None, "run folder whose student is measured")
+    nfe: float = option(1.67, "wanted network evaluations of two steps", low=1, high=2)
+    samples: int = option(64, "roll-outs to measure on", low=1, high=100_000)
+    batch_size: int = option(16, "roll-outs at a time", low=1)
+    seed: int = option(7, "seed of their noises and prompts", low=0, high=2**31 - 1)
+    out: str = option("reuse_error.png", "the plot, if matplotlib is installed")
+    device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
+    debug: bool = option(False, "show tracebacks")
+
+
+# ================================================================== what changes between the steps
+
+def block_residuals(student, x, sigma, prompt):
+    """What each block adds at latents x [B, C, H, W]: (image [B, N, D], text [B, L, D]) a block.
+    The last block returns no text: None."""
+    residuals = []
+
+    def keep(block, args, inputs, output):
+        text, image = output
+        added = image - inputs["hidden_states"]
+        if text is not None:
+            text = text - inputs["encoder_hidden_states"]
+        residuals.append((added, text))
+
+    hooks = []
+    for block in student.transformer_blocks:
+        hooks.append(block.register_forward_hook(keep, with_kwargs=True))
+    velocity(student, x, sigma, prompt)
+    for hook in hooks:
+        hook.remove()
+    return residuals
+
+
+def reuse_errors(student, x0, x1, prompt, sigmas):
+    """{"image": [blocks], "text": [blocks − 1]}: mean squared change of each block's own residual
+    from step one (x0 at sigmas[0]) to step two (x1 at sigmas[1]). The paper plots a "reuse error"
+    for each block but does not define it: this definition is ours."""
+    one = block_residuals(student, x0, sigmas[0].item(), prompt)
+    two = block_residuals(student, x1, sigmas[1].item(), prompt)
+    errors = {"image": [], "text": []}
+    for (image, text), (image_later, text_later) in zip(one, two, strict=True):
+        errors["image"].append(mean_square(image_later, image))
+        if text is not None:
+            errors["text"].append(mean_square(text_later, text))
+    return errors
+
+
+def mean_square(a, b):
+    return (a.float() - b.float()).square().mean().item()
+
+
+def span_errors(student, spans, x0, x1, prompt, sigmas):
+    """For each span the relative error |v_reused − v| / |v| of the second step's velocity when the
+    span's Δ0 is reused as it is."""
+    sigma_0, sigma_1 = sigmas[0].item(), sigmas[1].item()
+    full = velocity(student, x1, sigma_1, prompt)                         # B×C×H×W
+    errors = []
+    for span in spans:
+        _, delta = cached_velocity(student, x0, sigma_0, prompt, span)
+        reused, _ = cached_velocity(student, x1, sigma_1, prompt, span, delta)
+        errors.append(((reused - full).norm() / full.norm()).item())
+    return errors
+
+
+@torch.no_grad()
+def measure(student, prompts, spans, settings, shape, sigmas):
+    """{"image", "text", "span": errors}, each the mean over the samples."""
+    total = {"image": 0, "text": 0, "span": 0}
+    for part in torch.arange(settings.samples).split(settings.batch_size):
+        x0 = image_noise(settings.seed, part, shape).to(prompts.device)
+        prompt = prompts.take(part)
+        latents, _, _ = roll_out(student, x0, prompt, sigmas[:2])
+        x1 = latents[1]                                   # where the student itself has come to
+        found = reuse_errors(student, x0, x1, prompt, sigmas)
+        found["span"] = span_errors(student, spans, x0, x1, prompt, sigmas)
+        weight = len(part) / settings.samples             # the last part may be smaller
+        for name, values in found.items():
+            total[name] = total[name] + weight * torch.tensor(values)
+    return {name: values.tolist() for name, values in total.items()}
+
+
+# ================================================================== tables and plot
+
+def print_tables(errors, spans, best, blocks):
+    """The error of each block and of each span."""
+    print("block   image error   text error    (mean squared change of the block's residual)")
+    for i, image in enumerate(errors["image"]):
+        text = f"{errors['text'][i]:13.4f}" if i < len(errors["text"]) else ""
+        print(f"{i:5}{image:14.4f}{text}")
+    width = best[1] - best[0] + 1
+    print(f"\nspans of {width} blocks, {nfe(2, best, blocks):.3f} NFE, relative error of the "
+          "second step when Δ0 is reused as it is")
+    for span, error in zip(spans, errors["span"], strict=True):
+        mark = "  <- proposed" if span == best else ""
+        print(f"{span[0]:5}-{span[1]:<4}{error:8.4f}{mark}")
+
+
+def plot(errors, best, out):
+    """The errors of the blocks as a picture, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    matplotlib.use("Agg")                                 # draws into files, needs no screen
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    for stream in ("image", "text"):
+        axes.semilogy(errors[stream], "o-", label=f"{stream} stream")
+    axes.axvspan(best[0] - 0.5, best[1] + 0.5, alpha=0.15,
+                 label=f"proposed span {best[0]}-{best[1]}")
+    axes.set(xlabel="block", ylabel="reuse error")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    print(out)
+
+
+@command
+def main(argv):
+    settings = parse_settings(Settings, argv, "tools/find_span.py", __doc__.split("\n\n")[0])
+    if not settings.checkpoint:
+        raise UserError("--checkpoint RUN is needed, for instance runs/tiny-stage1")
+    recipe = read_recipe(settings.checkpoint)
+    if recipe["steps"] < 2:
+        raise UserError(f"{settings.checkpoint} has one step: there is nothing to reuse")
+    preset, device = find_preset(recipe["base"]), pick_device(settings.device)
+    pool = default_prompts(preset)
+    chosen = torch.randint(len(pool), (settings.samples,), generator=rng(settings.seed, "prompts"))
+    prompts = Prompts(preset, [pool[j] for j in chosen.tolist()], device)
+    student, _, _ = load_student(settings.checkpoint, preset, recipe, device)
+
+    # NFE = 2 − width / blocks, so the wanted NFE gives the width, as near as blocks allow. The last
+    # block cannot be skipped.
+    blocks = len(student.transformer_blocks)
+    width = round((2 - settings.nfe) * blocks)
+    width = min(max(1, width), blocks - 1)
+    spans = [(n, n + width - 1) for n in range(blocks - width)]
+    errors = measure(student, prompts, spans, settings, recipe["latent_shape"],
+                     sigma_grid(recipe["steps"]))
+    best = spans[errors["span"].index(min(errors["span"]))]
+    print_tables(errors, spans, best, blocks)
+    plot(errors, best, settings.out)
+
+
+if __name__ == "__main__":
+    main()
