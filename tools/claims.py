@@ -33,10 +33,10 @@ HERE = Path(__file__).resolve().parent.parent
 # label, arguments of train_stage1.py, arguments of train_stage2.py (None: Stage I is the result)
 Variant = collections.namedtuple("Variant", "label stage1 stage2", defaults=("", None))
 STAGE1 = Variant("Stage I")
-STAGE2 = Variant("Stage II, co-trained", "", "")
+STAGE2 = Variant("co-trained", "", "")
 # The warm-up never ends, so the generator's turns move f alone.
-F_ONLY = Variant("f alone, student as it was", "", "--warmup 999999")
-UNDISTILLED = Variant("adversarial turns without Stage I", "--iterations 1", "")
+F_ONLY = Variant("f alone", "", "--warmup 999999")
+UNDISTILLED = Variant("adversarial alone", "--iterations 1", "")
 
 
 def reused(span):
@@ -61,7 +61,7 @@ EXPERIMENTS = {                              # name: (what the paper says, varia
     "parts": ("What the parts of Stage II are good for (ablation).",
               [STAGE1, STAGE2,
                Variant("without f", "", "--no-compensation"),
-               Variant("without the warm-up of f", "", "--warmup 0"),
+               Variant("without the warm-up", "", "--warmup 0"),
                Variant("without a cache", "", "--cached-blocks none")]),
     "width": ("Width of the cached span (sweep).",
               [Variant("no cache", "", "--cached-blocks none"), trained("1-3"),
@@ -274,10 +274,10 @@ def report(name, variants, rows, seeds, root):
             return teacher_values(rows, len(seeds))
         return gather(rows, variant, seeds, root, suffix)
 
-    def cell(values):                                          # [seeds, captions] or [seeds]
+    def cell(values, digits):                                  # [seeds, captions] or [seeds]
         by_seed = values.mean(1) if values.ndim == 2 else values
-        spread = f" ± {by_seed.std():.3f}" if len(seeds) > 1 else ""
-        return f"{by_seed.mean():.3f}{spread}"
+        spread = f" ± {by_seed.std():.{digits}f}" if len(seeds) > 1 else ""
+        return f"{by_seed.mean():.{digits}f}{spread}"
 
     def against(values, digits, statistic):
         value, low, high = interval(statistic(values, base), len(seeds), 24)
@@ -293,8 +293,8 @@ def report(name, variants, rows, seeds, root):
             values = get(variant, suffix)
             if values is None:
                 continue
-            keys = "prompt_accuracy", "scene_entropy", "frechet"
-            measured = [cell(values[key]) for key in keys]
+            measured = [cell(values["prompt_accuracy"], 3), cell(values["scene_entropy"], 2),
+                        cell(values["frechet"], 2)]
             lines.append(f"| {variant.label}{suffix} | {values['nfe']:.4g} | "
                          f"{' | '.join(measured)} | {against(values, 1, points)} | "
                          f"{against(values, 2, ratio)} |")
