@@ -79,7 +79,7 @@ class CachedSD3(SD3Transformer2DModel):
     returns no text: nothing reads it any more. So a span must end before the last block.
     """
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, pooled_projections,
+    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
                 span=None, delta=None, f=None, return_dict=False):
         """(velocity [B, C, H, W], Δ0 or None) at latents hidden_states [B, C, H, W].
 
@@ -196,7 +196,7 @@ class BlockCache:
         """Drops Δ0: the next call begins a new sample path."""
         self.delta = self.prompt = self.shape = self.timestep = None
 
-    def __call__(self, hidden_states, timestep, encoder_hidden_states, pooled_projections,
+    def __call__(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
                  return_dict=True, **others):
         # Guidance by skipped layers and ControlNet change what happens inside the span; with Δ0
         # from another call they would be lost, or counted twice, without a word.
@@ -211,7 +211,7 @@ class BlockCache:
             self.forget()
         # CachedSD3's forward needs nothing but the stock sub-modules, so it runs on a stock object.
         velocity, self.delta = CachedSD3.forward(
-            self.transformer, hidden_states, timestep, encoder_hidden_states, pooled_projections,
+            self.transformer, hidden_states, encoder_hidden_states, pooled_projections, timestep,
             self.span, self.delta, self.f)
         self.prompt, self.shape, self.timestep = encoder_hidden_states, hidden_states.shape, now
         if not return_dict:

@@ -262,10 +262,12 @@ def save_transformer(net, folder, half, lora_rank=None):
         plain = SD3Transformer2DModel.from_config(net.config)
         if lora_rank:
             add_lora(plain, lora_rank, seed=0)
+    if lora_rank:
+        state = {name: tensor.clone() for name, tensor in state.items()}
     plain.load_state_dict(state, assign=True)
     if lora_rank:
         # W + B·A becomes the weight: nobody has to guess a scale later.
-        plain.fuse_lora()
+        plain.fuse_lora()                                 # in place: hence the copy above
         plain.unload_lora()
     if half:
         plain.half()

@@ -155,7 +155,7 @@ def forward_flops(net, shape, tokens, **cached):
         timestep = torch.zeros(1)
         # On a CPU the counter would miss the attention; on meta tensors it does not.
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            _, delta = net(x, timestep, embeds, pooled, **cached)
+            _, delta = net(x, embeds, pooled, timestep, **cached)
     return counter.get_total_flops(), delta
 
 

@@ -24,9 +24,9 @@ import hashlib
 import time
 from pathlib import Path
 
-from run import (CommonSettings, Run, UserError, check_batch, clip_and_step, command, fill_in,
-                 first, gather, join_processes, load_file, micro_batches, option, parse_settings,
-                 processes, rng, save_tensors, share, write_json)
+from run import (CommonSettings, Run, UserError, any_process, check_batch, clip_and_step, command,
+                 fill_in, first, gather, join_processes, load_file, micro_batches, option,
+                 parse_settings, processes, rng, save_tensors, share, write_json)
 
 import torch
 from tqdm import tqdm
@@ -331,13 +331,13 @@ def main(argv):
     chosen = torch.randint(len(texts), (settings.references,),
                            generator=rng(settings.seed, "references"))    # R, their prompts
     kept = references_file(settings, preset, init, resolved["prompts_sha256"])
-    if not kept.exists():
+    if any_process(not kept.exists()):                    # all decide alike, or some would wait
         make_references(kept, settings, preset, init, prompts, chosen, decode, run)
     references = load_file(kept)["pictures"]              # R×3×8H×8W, uint8
 
     # ------------------------------------------------------------- train
     begun = time.perf_counter()
-    metrics = {}                                          # the newest value of each
+    metrics = {}                                          # what is new since the last line
     bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
                desc="stage 2", disable=not first())
     for i in bar:
@@ -395,6 +395,7 @@ def main(argv):
                     seconds=time.perf_counter() - begun)
             bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()
                              if "norm" not in name}, refresh=False)
+            metrics = {}
         if done % settings.sample_every == 0 or last:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
                          sigmas, span, f)

@@ -326,7 +326,7 @@ def report_vae(vae, pictures):
 
 @command
 def main(argv):
-    settings = parse_settings(Settings, argv, "tiny/make_teacher.py", __doc__.split("\n\n")[0])
+    settings = parse_settings(Settings, argv, "-m tiny.make_teacher", __doc__.split("\n\n")[0])
     out = Path(settings.out)
     if out.exists() and not settings.overwrite:
         raise UserError(f"{out} exists; give --out another folder, or --overwrite")

@@ -134,7 +134,7 @@ def time_pipeline(pipe, preset, pixels, span, f, rounds):
 
 @command
 def main(argv):
-    settings = parse_settings(Settings, argv, "tools/benchmark.py", __doc__.split("\n\n")[0])
+    settings = parse_settings(Settings, argv, "-m tools.benchmark", __doc__.split("\n\n")[0])
     preset, device = find_preset(settings.model), pick_device(settings.device)
     dtype = torch.float32 if preset.captions == "tiny" else torch.bfloat16
     net = load_transformer(preset, dtype).to(device)

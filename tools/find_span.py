@@ -145,7 +145,7 @@ def plot(errors, best, out):
 
 @command
 def main(argv):
-    settings = parse_settings(Settings, argv, "tools/find_span.py", __doc__.split("\n\n")[0])
+    settings = parse_settings(Settings, argv, "-m tools.find_span", __doc__.split("\n\n")[0])
     if not settings.checkpoint:
         raise UserError("--checkpoint RUN is needed, for instance runs/tiny-stage1")
     recipe = read_recipe(settings.checkpoint)

@@ -169,7 +169,7 @@ def write_pipeline(folder, config, seed):
 
 @command
 def main(argv):
-    settings = parse_settings(Settings, argv, "tools/random_model.py", __doc__.split("\n\n")[0])
+    settings = parse_settings(Settings, argv, "-m tools.random_model", __doc__.split("\n\n")[0])
     out = Path(settings.out or f"models/random-{settings.model}")
     if out.exists() and not settings.overwrite:
         raise UserError(f"{out} exists; give --out another folder, or --overwrite")
