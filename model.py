@@ -33,6 +33,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from run import UserError, first, processes, rng, save_whole, whole_state
 from cache import CachedSD3, check_span
@@ -151,7 +152,7 @@ def loading(what, source):
     """Turns the many ways in which weights cannot be had into one line that says what to do."""
     try:
         yield
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
+    except (OSError, ValueError, SafetensorError) as error:  # the hub's errors are among them
         advice = (f"accept the licence at huggingface.co/{source} and run `hf auth login`, "
                   "or check the name and the network; --model tiny needs no download")
         if Path(source).exists():

@@ -13,6 +13,7 @@ Four mechanisms carry the robustness of the project, and each exists once:
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -207,6 +208,7 @@ def join_processes(device):
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)       # or the processes abort at their end
 
 
 def share(batch):
@@ -353,7 +355,7 @@ def _digest(path):
 
 def checkpoints(folder):
     """Checkpoint folders of a run, oldest first."""
-    return sorted(Path(folder).glob("checkpoint-??????"))
+    return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"))
 
 
 def newest_checkpoint(run_folder):
@@ -401,7 +403,9 @@ class Run:
         if before.get("format") != FORMAT:
             raise UserError(f"{self.folder} was written in format {before.get('format')}; "
                             f"this code reads {FORMAT}")
-        before = before.get("settings", {})
+        before = before.get("settings")
+        if not isinstance(before, dict):
+            raise UserError(f"{self.folder}/settings.json holds no settings")
         differing = [f"{key} was {before.get(key)}, is {value}"
                      for key, value in self.settings.items()
                      if key not in MAY_CHANGE and before.get(key) != value]
@@ -416,7 +420,10 @@ class Run:
         recipe, saved = self.folder / "distill.json", checkpoints(self.folder)
         if self.replace:
             return False
-        if recipe.exists() and read_json(recipe)["iteration"] >= total:
+        done = read_json(recipe).get("iteration") if recipe.exists() else 0
+        if type(done) is not int:
+            raise UserError(f"{recipe}: iteration is {str(done)[:80]!r}, not an integer")
+        if done >= total and recipe.exists():
             print(f"{self.folder} is finished; more --iterations continue it, "
                   "--overwrite starts again")
             return True
@@ -433,7 +440,11 @@ class Run:
         any_process(False)                                # until all have read the folder
         if first():
             if self.replace:                              # only now that all else has been loaded
-                shutil.rmtree(self.folder)
+                # A rename first: a kill while it is deleted leaves no half of it under its name.
+                old = self.folder.with_name(f".{self.folder.name}.replaced")
+                shutil.rmtree(old, ignore_errors=True)
+                self.folder.rename(old)
+                shutil.rmtree(old)
             self.folder.mkdir(parents=True, exist_ok=True)
             # First of all, so that a kill leaves nothing that looks like somebody else's folder.
             write_json(self.folder / "settings.json",
@@ -464,7 +475,7 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         keep = []
         for line in lines:
-            with contextlib.suppress(ValueError):         # a line cut off by a kill is no JSON
+            with contextlib.suppress(ValueError, KeyError, TypeError):    # cut off by a kill
                 if json.loads(line)["iteration"] <= iteration:
                     keep.append(line)
         write_text(path, "".join(keep))

@@ -352,7 +352,7 @@ def train(stages, jobs):
 
 @command
 def main(argv):
-    settings = parse_settings(Settings, argv, "tools/claims.py", __doc__.split("\n\n")[0])
+    settings = parse_settings(Settings, argv, "-m tools.claims", __doc__.split("\n\n")[0])
     chosen = {name: EXPERIMENTS[name] for name in settings.only or ["1", "3"]}
     rule = option(None, "", low=0, high=2**31 - 1).metadata
     try:

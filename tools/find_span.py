@@ -73,6 +73,7 @@ def reuse_errors(student, x0, x1, prompt, sigmas):
 
 
 def mean_square(a, b):
+    """Mean squared difference of two tensors, a number."""
     return (a.float() - b.float()).square().mean().item()
 
 

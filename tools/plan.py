@@ -208,6 +208,10 @@ def measure_needs(stage, preset, settings, shape, config, net, span):
     tokens = shape[1] * shape[2] // config["patch_size"] ** 2, preset.tokens    # N, L
     decode, discriminator, factor = load_picture_networks(preset, stage)
     f = None
+    if span:
+        # The skipped blocks get no gradient in Stage II, and so no optimiser state.
+        for block in net.transformer_blocks[span[0]:span[1] + 1]:
+            block.requires_grad_(False)
     if span and not settings.no_compensation:
         f = make_compensation(net.inner_dim)
     state = state_of(stage, net, half, f, discriminator)

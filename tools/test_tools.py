@@ -704,10 +704,11 @@ def test_planned_state_of_stage_two_is_the_live_tensors_of_a_run(
     seen = Watched(train_stage2, monkeypatch)
     train_stage2.main([*STAGE2, "--init", str(finished), "--warmup", "0", "--iterations", "4",
                        "--out", str(finished2.parent / "x")])         # beside its references
-    discriminator = model.Discriminator(TINY)
-    net, f = plan.meta_transformer(model.check_base(TINY)), seen.networks["compensation"]
-    state = plan.state_of(2, net, half=False, f=f, discriminator=discriminator)
-    planned = {what: size for what, (size, _) in state.items()}
+    discriminator, f = model.Discriminator(TINY), seen.networks["compensation"]
+    config = model.check_base(TINY)
+    needs = plan.measure_needs(2, TINY, train_stage2.Settings(device="cpu"), (4, 8, 8), config,
+                               plan.meta_transformer(config), (1, 4))
+    planned = {what: size for what, (size, _) in needs.state.items()}
     live, student = seen.gradients[-1], seen.networks["student"]
     assert planned["student"] == plan.bytes_of(student.parameters())
     assert planned["f with optimiser"] == (plan.bytes_of(f.parameters()) + live["compensation"]
