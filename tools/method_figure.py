@@ -96,6 +96,7 @@ class Page:
 
 
 def legend(page):
+    """What boxes and arrows mean, on top of the page."""
     page.box(35, 23, 34, 18, "", GREY, learns=True)
     page.box(133, 23, 34, 18, "", GREY)
     page.arrow((266, 23), (302, 23))
@@ -107,6 +108,7 @@ def legend(page):
 
 
 def stage1(page):
+    """Panel A: roll out, fake score, student."""
     page.panel(46, 424, "A", "Stage I: match the teacher's distribution, step by step")
     # 1. The roll-out, in a row on top.
     strip = page.frame(318, 128, 592, 88, "white", "#d0d7de", zorder=1)
@@ -165,6 +167,7 @@ def guidance_rule(page):
 
 
 def cached_step(page):
+    """Panel B: step two without the span."""
     page.panel(434, 694, "B", "The cached step: step two borrows blocks 1–4 from step one")
     for row, y, name, sigma in ((0, 500, "step one", "σ = 1"), (1, 630, "step two", "σ = 0.75")):
         page.left(22, y - 9, name, STUDENT, bold=True)
@@ -198,6 +201,7 @@ def cached_step(page):
 
 
 def stage2(page):
+    """Panel C: the cached path against a reference."""
     page.panel(704, 1022, "C", "Stage II: sharpen details on exactly the path of inference")
     noise = page.thumb(68, 790, 1, "prompt, noise")
     one = page.box(169, 790, 100, 44, "step one\nin full", STUDENT)

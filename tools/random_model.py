@@ -53,6 +53,7 @@ class Settings:
 # ================================================================== the networks
 
 def save_half(network, folder):
+    """Writes a network in half precision, as the hub has it."""
     network.half().save_pretrained(folder)
 
 
