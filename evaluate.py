@@ -37,11 +37,11 @@ from run import (UserError, command, fill_in, option, parse_settings, rng, versi
                  write_text)
 from cache import NOTHING
 from losses import guidance_weight
-from model import (Decoder, Prompts, check_base, default_prompts, find_preset, load_transformer,
-                   loading, parse_span, pick_device, read_prompts)
-from sampler import (TEACHER_STEPS, count_nfe, image_noise, load_scheduler, load_student,
-                     read_recipe, roll_out, sample_guided, save_pictures, sigma_grid,
-                     teacher_sigmas)
+from model import (Decoder, Prompts, base_content, check_base, choose_prompts, find_preset,
+                   load_transformer, loading, parse_span, pick_device)
+from sampler import (TEACHER_STEPS, count_nfe, few_step_config, image_noise, load_few_step,
+                     load_scheduler, load_student, read_recipe, roll_out, sample_guided,
+                     save_pictures, sigma_grid, teacher_sigmas)
 from tiny.world import CAPTIONS, draw, measure, sample_labels
 
 MEASURES = ("prompt_accuracy", "usual_scene", "scene_entropy", "clip_score", "pick_score",
@@ -65,6 +65,8 @@ class Settings:
     teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only "
                           "the one that Fréchet distances are taken to",
                           choices=("yes", "alpha", "no"))
+    few_step: str = option(None, "a row for a few-step SD3 transformer of others: folder or hub id")
+    few_step_steps: int = option(4, "its steps", low=1, high=100)
     own_path: bool = option(False, "of each run only the path that it was trained for")
     out: str = option(None, "folder for results.json, table.md, grid.png (default: results/MODEL)")
     clip: str = option(None, "folder or hub id of the CLIP score's CLIPModel")
@@ -81,7 +83,7 @@ def resolve(settings):
     tiny_world = preset.captions == "tiny"
     fill_in(settings, {"samples_per_prompt": 32 if tiny_world else 4,
                        "batch_size": 128 if tiny_world else 4,
-                       "out": f"results/{settings.model.strip('/').split('/')[-1]}"})
+                       "out": f"results/{Path(preset.name).name}"})
     pick_device(settings.device)
     if not tiny_world and not (settings.checkpoint and settings.prompts):
         raise UserError("real models need --checkpoint RUN and --prompts FILE")
@@ -92,7 +94,8 @@ def resolve(settings):
         runs.append(Path("runs/tiny-stage2"))
     recipes = {run: read_recipe(run) for run in runs}
     for run, recipe in recipes.items():
-        if recipe["base"] != preset.name:
+        # A base that was moved is still the same base.
+        if recipe["base"] != preset.name and recipe.get("base_content") != base_content(preset):
             raise UserError(f"{run} was distilled from {recipe['base']}, not from {preset.name}")
         # All rows start from the same noises, so these need one shape.
         if recipe["latent_shape"] != recipes[runs[0]]["latent_shape"]:
@@ -100,11 +103,13 @@ def resolve(settings):
     # Rows are named after their run's folder.
     if len({run.name for run in recipes}) < len(recipes):
         raise UserError("two of the runs have the same name; the table could not tell them apart")
-    texts = read_prompts(settings.prompts) if settings.prompts else default_prompts(preset)
+    texts = choose_prompts(preset, settings.prompts)
     if tiny_world and set(texts) - set(CAPTIONS):
         raise UserError(f"--prompts {settings.prompts}: the exact reader knows the 24 captions of "
                         "the miniature only, such as \"a red circle\"")
     check_base(preset)
+    if settings.few_step:
+        few_step_config(settings.few_step, preset)        # refuses what does not fit the base
     return preset, texts, recipes
 
 
@@ -349,6 +354,17 @@ class Rows:
                       "sigmas": [round(s, 6) for s in sigmas.tolist()], "weights": weights}
             self.add(name, recipe, (passes, passes), sample)
 
+    def add_few_step(self, source, steps):
+        """The row of a few-step transformer of others, on the student's grid of so many steps."""
+        net = load_few_step(source, self.preset).to(self.device)
+        sigmas = sigma_grid(steps)
+
+        def sample(noise, prompt):
+            return roll_out(net, noise, prompt, sigmas)[0][-1]
+        about = {"steps": steps, "sigmas": [round(s, 6) for s in sigmas.tolist()], "guidance": 1.0,
+                 "alpha": 1.0, "span": None, "weights": weights_hash(net)}
+        self.add(f"{Path(source).name}, {steps} steps", about, (float(steps), float(steps)), sample)
+
     def add_run(self, run, recipe, stage2_span):
         """A run's rows, one for each of its paths. stage2_span, as text, is what the Stage II of a
         Stage I run skips, or None."""
@@ -501,6 +517,8 @@ def main(argv):
             spans.setdefault(stage1_name(run, recipe), recipe["cached_blocks"])
     for run, recipe in recipes.items():
         sampled.add_run(run, recipe, spans.get(run.name))
+    if settings.few_step:
+        sampled.add_few_step(settings.few_step, settings.few_step_steps)
     rows, albums = sampled.rows, sampled.albums
 
     # ------------------------------------------------------------- measure

@@ -26,6 +26,7 @@ text embeddings. Latents and sigmas are fp32; pictures lie in [0, 1].
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -33,9 +34,11 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
-from run import UserError, first, processes, rng, save_whole, whole_state
+from run import (UserError, any_process, content_of, first, load_whole, processes, rng,
+                 save_tensors, save_whole, whole_state)
 from cache import CachedSD3, check_span
 
 HERE = Path(__file__).resolve().parent
@@ -50,6 +53,7 @@ class Preset:
     source: str                        # pipeline folder or hub id
     cached_blocks: str = "2-9"         # [ours] which; 1.67 NFE [paper] means 8 of 24 blocks
     text_length: int = 256             # [official] T5 tokens; 0 for a pipeline without T5
+    encode_batch: int = 16             # [ours] prompts encoded together; the result knows no other
     captions: str = "grammar"          # where prompts come from when no --prompts is given
     architecture: dict | None = None   # SD3Transformer2DModel's arguments, for --dry-run alone
     discriminator: str = "facebook/convnextv2-base-22k-224"  # [ours] for OpenCLIP ConvNeXt-XXLarge
@@ -87,7 +91,7 @@ PRESETS = {
     "tiny": Preset(
         "tiny", str(HERE / "tiny" / "sd3"),
         cached_blocks="1-4",           # [ours] SD3-Medium's span to scale: 4 of 12 blocks
-        text_length=0, captions="tiny",
+        text_length=0, encode_batch=1, captions="tiny",
         discriminator=str(HERE / "tiny" / "sd3" / "discriminator_backbone"),
         picture_mean=(0.5,) * 3, picture_std=(0.5,) * 3),
     "sd3-medium": Preset(
@@ -104,32 +108,115 @@ def find_preset(model):
     """The preset of that name, or one with SD3's values for any pipeline folder or hub id.
     UserError for a bare name that is neither. Reads no weights."""
     if model in PRESETS:
+        not_shadowed(PRESETS[model].source, "--model")
         return PRESETS[model]
     # A hub id has exactly one slash. A bare name that is no folder is a misspelt preset.
-    folder = Path(model)
-    if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise UserError(f"there is no model {model}; use {', '.join(PRESETS)}, "
-                        "a pipeline folder or a hub id")
-    preset = Preset(model, model)
-    # Whether a folder has T5 is seen by its files: its model_index.json may say otherwise.
-    if folder.is_dir() and not (folder / "text_encoder_3" / "config.json").exists():
+    folder = Path(model).resolve()
+    if not folder.exists():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+            raise UserError(f"there is no model {model}; use {', '.join(PRESETS)}, "
+                            "a pipeline folder or a hub id")
+        return Preset(model, model)
+    if (folder / "config.json").exists() and not (folder / "transformer").exists():
+        raise UserError(f"{folder} is one part of a pipeline; name the pipeline's own folder, "
+                        f"perhaps {folder.parent}")
+    # Stored as it is found from anywhere. Whether it has T5 is seen by its files: its
+    # model_index.json may say otherwise.
+    preset = Preset(str(folder), str(folder))
+    if not (folder / "text_encoder_3" / "config.json").exists():
         preset = dataclasses.replace(preset, text_length=0)
     backbone = folder / "discriminator_backbone"          # as tools/random_model.py writes it
     if backbone.is_dir():
         preset = dataclasses.replace(preset, discriminator=str(backbone))
+    return like_its_preset(preset, folder)
+
+
+def not_shadowed(source, flag):
+    """UserError when a folder in the working directory would be taken for a hub id of ours."""
+    if not Path(source).is_absolute() and Path(source).exists():
+        raise UserError(f"a folder {source} lies in the working directory and would be taken for "
+                        f"the hub's; rename it, or say {flag} ./{source}")
+
+
+def like_its_preset(preset, folder):
+    """A folder's preset with the span of the real model whose transformer it has."""
+    with contextlib.suppress(OSError, ValueError):        # what is wrong with it, check_base says
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+        for known in PRESETS.values():
+            same = known.architecture and all(
+                config.get(key) == (list(value) if isinstance(value, tuple) else value)
+                for key, value in known.architecture.items() if key != "pos_embed_max_size")
+            if same:
+                return dataclasses.replace(preset, cached_blocks=known.cached_blocks)
     return preset
 
 
+def base_content(preset):
+    """What a base model is, wherever it lies: its transformer's files, or its hub id."""
+    return content_of(Path(preset.source) / "transformer")
+
+
 def check_base(preset):
-    """The transformer's config of a preset as a dict; UserError unless it is an SD3 transformer.
-    Reads only config.json, so that a misspelt name costs nothing."""
+    """The transformer's config of a preset as a dict; UserError unless it is a whole SD3
+    transformer on the schedule that the student's grid is made for. Reads configs and the names of
+    tensors alone, so that a mistake costs nothing."""
     # SD1, Flux and others have other inputs and other blocks; nothing here would fit them.
+    if Path(preset.source).is_absolute() and not (
+            Path(preset.source) / "transformer" / "config.json").exists():
+        raise UserError(f"{preset.source} is no pipeline folder: it has no transformer/config.json")
     with loading("transformer/config.json", preset.source):
         config = CachedSD3.load_config(preset.source, subfolder="transformer")
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise UserError(f"{preset.source} holds a {config.get('_class_name')}, "
                         "not an SD3Transformer2DModel")
+    with loading("the transformer", preset.source), torch.device("meta"):
+        check_whole(CachedSD3.from_config(config), Path(preset.source) / "transformer")
+    # The student's grid (sampler.sigma_grid) is SD3's: shift 3, for every picture size.
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    with loading("the scheduler", preset.source):
+        schedule = FlowMatchEulerDiscreteScheduler.load_config(preset.source, subfolder="scheduler")
+    for key, needed in SCHEDULE.items():
+        if schedule.get(key, needed) != needed:
+            raise UserError(f"{preset.source}: its scheduler has {key} = {schedule[key]}; the "
+                            f"student's sigmas are made for {needed}, as in Stable Diffusion 3")
     return config
+
+
+SCHEDULE = {"shift": 3.0, "num_train_timesteps": 1000, "use_dynamic_shifting": False,
+            "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+            "invert_sigmas": False, "shift_terminal": None, "stochastic_sampling": False}
+
+
+def weight_files(folder):
+    """The safetensors files of a local folder that diffusers would load: those in full precision
+    or, where there are none, the *.fp16 ones."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [file for file in files if ".fp16" not in file.name] or files
+
+
+def variant(preset, part):
+    """"fp16" for a part of a local pipeline that has such weights alone, else None."""
+    files = weight_files(Path(preset.source) / part)
+    return "fp16" if files and ".fp16" in files[0].name else None
+
+
+def check_whole(net, folder):
+    """UserError unless the files of a local folder hold just the tensors of `net`, each of its
+    shape. The libraries fill in what is missing at random, or drop what they do not know."""
+    expected = {name: list(tensor.shape) for name, tensor in net.state_dict().items()}
+    files = weight_files(folder)
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in sorted(opened.keys()):
+                if name not in expected:
+                    raise UserError(f"{file} holds a foreign tensor, {name}; save the network with "
+                                    "save_pretrained, adapters merged and without a prefix")
+                shape = opened.get_slice(name).get_shape()
+                if shape != expected.pop(name):
+                    raise UserError(f"{file}: {name} has the shape {shape}, which does not fit its "
+                                    "config.json")
+    if files and expected:
+        raise UserError(f"{folder} lacks the tensor {min(expected)}; copy all its files again")
 
 
 def parse_span(text, blocks):
@@ -149,16 +236,30 @@ def parse_span(text, blocks):
 
 @contextlib.contextmanager
 def loading(what, source):
-    """Turns the many ways in which weights cannot be had into one line that says what to do."""
+    """Turns the many ways in which weights cannot be had into one line that says what to do. Keeps
+    the bars of loading out; those of downloads stay."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as of_transformers
+    silent = are_progress_bars_disabled()                 # of downloads, by the user's own wish
+    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    if not silent:
+        enable_progress_bars()                            # which transformers has just disabled
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:  # the hub's errors are among them
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        # The hub's own errors are among them.
         advice = (f"accept the licence at huggingface.co/{source} and run `hf auth login`, "
                   "or check the name and the network; --model tiny needs no download")
         if Path(source).exists():
-            advice = f"is {source} a diffusers pipeline folder?"
+            advice = "its files are missing or damaged; copy or save that part again"
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"cannot load {what} of {source} ({line}); {advice}") from error
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def pick_device(name=None):
@@ -176,14 +277,24 @@ def pick_device(name=None):
 
 # ================================================================== the transformer
 
-def load_transformer(preset, dtype=torch.float32):
+def load_transformer(preset, dtype=torch.float32, everywhere=True):
     """The base model's transformer, in eval mode. Networks that learn are fp32; a frozen one may be
-    bf16. Eval and train mode are the same here: an MMDiT has no dropout."""
+    bf16. Eval and train mode are the same here: an MMDiT has no dropout. everywhere=False: the
+    other processes get it without weights, which place() sends them in pieces."""
+    if not everywhere and not first():
+        return empty_transformer(check_base(preset), dtype)
     with loading("the transformer", preset.source):
         net = CachedSD3.from_pretrained(
             preset.source, subfolder="transformer", torch_dtype=dtype,
+            variant=variant(preset, "transformer"),
             use_safetensors=True)                         # a pickle could run a stranger's code
     return net.eval()
+
+
+def empty_transformer(config, dtype=torch.float32):
+    """A transformer of that config with shapes and no memory."""
+    with torch.device("meta"):
+        return CachedSD3.from_config(config).to(dtype).eval()
 
 
 def frozen_dtype(device):
@@ -213,23 +324,33 @@ def velocity(net, x, sigma, prompt):
     return call_network(net, x, sigma, prompt)[0].float()
 
 
-def place(net, device):
+def place(net, device, compiled=False):
     """The transformer on its device. With several processes its weights are spread over them:
-    torch's fully_shard, which gathers each block when it is used. Make optimisers after this."""
-    if processes() > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        how = {"mesh": init_device_mesh(device.type, (processes(),)),
-               "reshard_after_forward": True}             # the root, too
-        if device.type == "cuda":
-            # Compute in bf16, sum gradients in fp32. Inputs stay as they are: call_network casts.
-            how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
-                                                    cast_forward_inputs=False)
-        # Block by block: only one is whole at a time, the others lie in pieces on all devices.
+    torch's fully_shard, which gathers each block when it is used. Then only the first process needs
+    to hold the whole; it sends each its pieces. Make optimisers after this."""
+    if compiled:
+        # Block by block: they are alike, so one is compiled and serves all.
         for block in net.transformer_blocks:
-            fully_shard(block, **how)
-        fully_shard(net, **how)
-    return net.to(device)
+            block.compile()
+    if processes() == 1:
+        return net.to(device)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    how = {"mesh": init_device_mesh(device.type, (processes(),)),
+           "reshard_after_forward": True}                 # the root, too
+    if device.type == "cuda":
+        # Compute in bf16, sum gradients in fp32. Inputs stay as they are: call_network casts.
+        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
+                                                cast_forward_inputs=False)
+    whole = net.state_dict() if first() else {}
+    net.to("meta")                                        # `whole` keeps the weights
+    # Block by block: only one is whole at a time, the others lie in pieces on all devices.
+    for block in net.transformer_blocks:
+        fully_shard(block, **how)
+    fully_shard(net, **how)
+    net.to_empty(device=device)
+    load_whole(net, whole)
+    return net
 
 
 def add_lora(net, rank, seed):
@@ -250,6 +371,12 @@ def add_lora(net, rank, seed):
     return net
 
 
+def merge_lora(net):
+    """Adds B·A to each weight W and takes the adapter off: nobody has to guess a scale later."""
+    net.fuse_lora()
+    net.unload_lora()
+
+
 def save_transformer(net, folder, half, lora_rank=None):
     """Writes a stock transformer folder of a network that may be sharded, LoRA merged into its
     weights, in half precision if so told. All processes call it; the first one writes."""
@@ -267,9 +394,7 @@ def save_transformer(net, folder, half, lora_rank=None):
         state = {name: tensor.clone() for name, tensor in state.items()}
     plain.load_state_dict(state, assign=True)
     if lora_rank:
-        # W + B·A becomes the weight: nobody has to guess a scale later.
-        plain.fuse_lora()                                 # in place: hence the copy above
-        plain.unload_lora()
+        merge_lora(plain)                                 # in place: hence the copy above
     if half:
         plain.half()
     save_whole(folder, plain.save_pretrained)
@@ -293,8 +418,13 @@ class Decoder:
     def __init__(self, preset, device, checkpointing=False):
         from diffusers import AutoencoderKL
         with loading("the VAE", preset.source):
+            with torch.device("meta"):
+                empty = AutoencoderKL.from_config(
+                    AutoencoderKL.load_config(preset.source, subfolder="vae"))
+            check_whole(empty, Path(preset.source) / "vae")
             self.vae = AutoencoderKL.from_pretrained(
-                preset.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+                preset.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True,
+                variant=variant(preset, "vae"))
         # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
         self.vae.to(device).eval().requires_grad_(False)
         if checkpointing:
@@ -341,14 +471,7 @@ class Discriminator(torch.nn.Module):
 
     def __init__(self, preset, seed=0, width=64):
         super().__init__()
-        # transformers' AutoBackbone fails on local folders, so the class is named here.
-        from transformers import AutoConfig, ConvNextV2Backbone
-        with loading("the discriminator's backbone", preset.discriminator):
-            levels = AutoConfig.from_pretrained(preset.discriminator).stage_names[1:]
-            self.backbone = ConvNextV2Backbone.from_pretrained(
-                preset.discriminator, out_features=levels, dtype=torch.float32,
-                use_safetensors=True)
-        self.backbone.eval().requires_grad_(False)
+        self.backbone = load_backbone(preset.discriminator).eval().requires_grad_(False)
         # The backbone was trained on pictures normalised like this; others would blind it.
         self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
@@ -365,31 +488,69 @@ class Discriminator(torch.nn.Module):
         return [head(x) for head, x in zip(self.heads, features, strict=True)]
 
 
+def load_backbone(source):
+    """A frozen ConvNeXtV2 with all its feature maps, from a folder or the hub; UserError unless all
+    its weights are there."""
+    # transformers' AutoBackbone fails on local folders, so the class is named here.
+    from transformers import AutoConfig, ConvNextV2Backbone
+    with loading("the discriminator's backbone", source):
+        levels = AutoConfig.from_pretrained(source).stage_names[1:]
+        backbone, found = ConvNextV2Backbone.from_pretrained(
+            source, out_features=levels, dtype=torch.float32, use_safetensors=True,
+            output_loading_info=True)
+    # Older files name the weights of GRN gamma and beta. transformers then leaves them at zero
+    # without a word, and the backbone sees less. hidden_states_norms come new with a backbone, and
+    # its classifier is not needed.
+    missing = [name for name in found["missing_keys"] if "hidden_states_norms" not in name]
+    foreign = [name for name in found["unexpected_keys"]
+               if not name.startswith(("classifier.", "layernorm.", "convnextv2.layernorm."))]
+    if missing or foreign:
+        what = f"lacks {min(missing)}" if missing else f"holds a foreign tensor, {min(foreign)}"
+        raise UserError(f"the discriminator's backbone {source} {what}; save it with the "
+                        "transformers of today, or name another by --discriminator")
+    return backbone
+
+
 # ================================================================== prompts
 
 def load_pipeline(preset, dtype, **parts):
     """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components."""
     from diffusers import StableDiffusion3Pipeline
-    from diffusers.utils import logging
-    logging.disable_progress_bar()
     if not preset.text_length:
         # A folder without T5 loads only when it is told so, whatever its model_index.json says.
         parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
     return StableDiffusion3Pipeline.from_pretrained(
-        preset.source, torch_dtype=dtype, use_safetensors=True, **parts)
+        preset.source, torch_dtype=dtype, use_safetensors=True,
+        variant=variant(preset, "text_encoder"), **parts)
 
 
 class Prompts:
     """A pool of prompts, each encoded once, and the empty prompt. Index it like a list.
 
     Encode before the networks are loaded: the text encoders of a real model take 11 GB, and are
-    freed again here. An encoded SD3 prompt takes 2.7 MB of host memory.
+    freed again here. With a folder the result is kept there in one file, 2.7 MB for an SD3 prompt,
+    which later runs and other processes share; it is mapped into memory, not read.
     """
 
-    def __init__(self, preset, texts, device):
-        # The empty prompt comes last, so that index i is still the i-th text.
+    def __init__(self, preset, texts, device, folder=None):
         self.texts, self.device = list(texts), device
-        self.embeds, self.pooled = encode_prompts(preset, [*self.texts, ""], device)
+        # The empty prompt comes last, so that index i is still the i-th text.
+        everything = [*self.texts, ""]
+        if folder is None:
+            self.embeds, self.pooled = encode_prompts(preset, everything, device)
+            return
+        # Named by all that it depends on, so that no file is ever out of date.
+        about = [everything, frozen_dtype(device), preset.text_length, preset.encode_batch]
+        for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            about.append(content_of(Path(preset.source) / part))
+        name = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+        file = Path(folder) / f"prompts-{name}.safetensors"
+        if first() and not file.exists():
+            embeds, pooled = encode_prompts(preset, everything, device)
+            save_tensors(file, {"embeds": embeds, "pooled": pooled})
+        any_process(False)                                # the others wait for the first
+        encoded = load_file(file)
+        self.embeds, self.pooled = encoded["embeds"], encoded["pooled"]
 
     def __len__(self):
         return len(self.texts)
@@ -408,24 +569,58 @@ def encode_prompts(preset, texts, device):
     """(embeds [n, L, J], pooled [n, P]) on the CPU, by the stock pipeline's own encode_prompt.
     L is 77 + 256 for the real models, 8 for tiny, which has no T5."""
     from tqdm import tqdm
-    device = torch.device(device)
-    with torch.device("meta"):  # encode_prompt reads the transformer's config, never its weights
-        config_only = CachedSD3.from_config(check_base(preset))
+    device, size = torch.device(device), preset.encode_batch
+    empty = empty_transformer(check_base(preset))         # encode_prompt reads its config alone
     with loading("the text encoders", preset.source):
-        pipe = load_pipeline(preset, frozen_dtype(device), transformer=config_only, vae=None)
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        pipe = load_pipeline(preset, frozen_dtype(device), transformer=empty, vae=None)
+    encoders = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2,
+                "text_encoder_3": pipe.text_encoder_3}
+    for name, encoder in encoders.items():
         if encoder is not None:
+            check_encoder(encoder, Path(preset.source) / name)
             encoder.to(device)
+    warn_of_long_prompts(pipe, preset, texts)
     embeds, pooled = [], []
     with torch.no_grad():
-        # One by one: in a batch the last bits of a prompt depend on its neighbours.
-        for text in tqdm(texts, desc="encoding prompts", disable=len(texts) < 100 or not first()):
+        for start in tqdm(range(0, len(texts), size), desc="encoding prompts",
+                          disable=len(texts) < 100 or not first()):
+            batch = texts[start:start + size]
+            # Always full: in batches of different sizes the last bits of a prompt would depend on
+            # how many came with it.
+            full = batch + [""] * (size - len(batch))
             # Of the four answers two are for guidance inside the pipeline; ours are one and three.
-            answers = pipe.encode_prompt(text, None, None, do_classifier_free_guidance=False,
+            answers = pipe.encode_prompt(full, None, None, do_classifier_free_guidance=False,
                                          max_sequence_length=preset.text_length, device=device)
-            embeds.append(answers[0].cpu())                               # 1×L×J
-            pooled.append(answers[2].cpu())                               # 1×P
+            embeds.append(answers[0][:len(batch)].cpu())                  # size×L×J
+            pooled.append(answers[2][:len(batch)].cpu())                  # size×P
     return torch.cat(embeds), torch.cat(pooled)
+
+
+def check_encoder(encoder, folder):
+    """UserError when the files of a local folder lack a tensor of a text encoder: transformers
+    would make it up at random."""
+    saved = set()
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as opened:
+            saved |= set(opened.keys())
+    tensors = encoder.state_dict()
+    # T5 has one table under two names, of which its file has one.
+    there = {tensors[name].data_ptr() for name in saved & tensors.keys()}
+    missing = [name for name, tensor in tensors.items()
+               if name not in saved and tensor.data_ptr() not in there]
+    if saved and missing:
+        raise UserError(f"{folder} lacks the tensor {min(missing)}; copy all its files again")
+
+
+def warn_of_long_prompts(pipe, preset, texts):
+    """Counts prompts that are longer than CLIP's 77 tokens: it reads no further. T5 does."""
+    if not preset.text_length:
+        return
+    limit = pipe.tokenizer.model_max_length
+    long = sum(len(ids) > limit for ids in pipe.tokenizer(texts).input_ids)
+    if long:
+        print(f"warning: {long} of {len(texts)} prompts are longer than CLIP's {limit} tokens; "
+              "only T5 reads their ends", file=sys.stderr)
 
 
 # Five lists whose combinations are 80 000 prompts: style, kind, subject, place, light [ours].
@@ -457,6 +652,7 @@ def choose_prompts(preset, path=None, text=None):
     if text:
         texts = [text]
     elif path:
+        from tools.prompt_files import read_prompts       # text, JSON, CSV: nothing of the method
         texts = read_prompts(path)
     else:
         texts = default_prompts(preset)
@@ -476,33 +672,3 @@ def draw_pool(texts, size, seed):
     # Drawn at random: the first so many of the grammar would all be of one style.
     order = torch.randperm(len(texts), generator=rng(seed, "pool"))
     return [texts[j] for j in order[:size].tolist()]
-
-
-def read_prompts(path):
-    """Prompts of a file: text, one a line, or JSON lines with "prompt".
-    UserError by file name and line."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--prompts {path}: there is no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")       # takes a byte-order mark away
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts {path}: not UTF-8 text") from None
-    prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        # A line that begins with a brace is JSON; all others are the prompt as it stands.
-        if line.startswith("{"):
-            try:
-                line = json.loads(line)["prompt"].strip()
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"--prompts {path}, line {number}: "
-                                "no JSON object with a text \"prompt\"") from None
-        if "\0" in line or len(line) > 10_000:
-            raise UserError(f"--prompts {path}, line {number}: "
-                            "NUL characters or longer than 10,000 characters")
-        if line:
-            prompts.append(line)
-    if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it")
-    return prompts

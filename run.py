@@ -27,9 +27,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import warnings
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -41,19 +42,30 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# A first run should be clean. Keeps notices and bars of diffusers and transformers out, which are
-# imported after this file: so every script imports run first.
+try:
+    import fcntl
+except ImportError:                                       # Windows: runs are not locked there
+    fcntl = None
+
+# A first run should be clean. Keeps notices of diffusers and transformers out, which are imported
+# after this file: so every script imports run first. The bars of downloads stay.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", module="(diffusers|transformers|huggingface_hub)")
 
-FORMAT = 2        # version of the run folder; another one is refused, never guessed at
+FORMAT = 3        # version of the run folder; another one is refused, never guessed at
 KEEP = 2          # [ours] how many checkpoints stay on disk
-# settings that a resumed run may change without changing the result
+SAVING = 0.02     # [ours] share of the time that saving may take, where --checkpoint-every is left
+SOONEST = 300     # [ours] open; and seconds between two checkpoints at least
+WAIT = timedelta(hours=2)    # [ours] for a process that writes a large checkpoint; torch's: 10 min
+# Settings that a resumed run may change without changing the result. The last five name files,
+# which may have been moved: their content is compared instead (Run).
 MAY_CHANGE = {"out", "iterations", "checkpoint_every", "sample_every", "log_every", "device",
-              "overwrite", "debug", "dry_run"}
+              "overwrite", "debug", "dry_run", "compile", "model", "prompts", "init",
+              "reference", "discriminator"}
+# What a command changes in its process (signal handlers, locks) is put back through this.
+leaving = contextlib.ExitStack()
 
 
 class UserError(Exception):
@@ -78,7 +90,10 @@ class CommonSettings:
                                low=1, high=65536)
     gradient_checkpointing: bool = option(
         False, "recompute blocks in backward: less memory, a third more time")
-    checkpoint_every: int = option(None, "iterations between checkpoints", low=1)
+    compile: bool = option(False, "compile the blocks by torch.compile: a slow start, then faster")
+    checkpoint_every: int = option(
+        None, "iterations between checkpoints; for real models by default as often as saving "
+              "takes no more than 2% of the time", low=1)
     sample_every: int = option(None, "iterations between sample grids", low=1)
     log_every: int = option(5, "iterations between lines of metrics.jsonl", low=1)
     device: str = option(None, "where to run (default: the fastest there is)",
@@ -156,7 +171,8 @@ def command(main, several=False):
             if processes() > 1 and not several:
                 raise UserError("torchrun is for train_stage1.py and train_stage2.py; run this "
                                 "in one process")
-            with output:
+            # A notebook may call main(): it gets back its own seed and its own Ctrl-C.
+            with leaving, torch.random.fork_rng(devices=[]), output:
                 return main(argv)
         except UserError as error:
             line, code = f"error: {error}", 2
@@ -207,7 +223,7 @@ def join_processes(device):
     if processes() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
         atexit.register(dist.destroy_process_group)       # or the processes abort at their end
 
 
@@ -216,6 +232,11 @@ def share(batch):
     size = len(batch) // processes()
     start = int(os.environ.get("RANK", 0)) * size
     return batch[start:start + size]
+
+
+def share_of(items):
+    """This process's items of a sequence of any length: of two processes, every other one."""
+    return items[int(os.environ.get("RANK", 0))::processes()]
 
 
 def gather(part):
@@ -346,16 +367,39 @@ def versions():
             "cores": os.cpu_count(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
+def content_of(folder, pattern="*.safetensors"):
+    """What the files of a folder hold, as 16 hex digits, wherever the folder lies: a hash of names,
+    sizes, and each file's first and last MiB. Other weights of the same shapes differ there. What
+    is no folder, a hub id, stands for itself."""
+    if not Path(folder).is_dir():
+        return str(folder)
+    total = hashlib.sha256()
+    for path in sorted(Path(folder).glob(pattern)):
+        size, ends = path.stat().st_size, b""
+        with open(path, "rb") as file:
+            ends += file.read(2**20)
+            file.seek(max(0, size - 2**20))
+            ends += file.read()
+        total.update(f"{path.name} {size}".encode() + ends)
+    return total.hexdigest()[:16]
+
+
 # ================================================================== the run folder
-
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def checkpoints(folder):
     """Checkpoint folders of a run, oldest first."""
     return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"))
+
+
+def digest(tensors):
+    """SHA-256 over {name: CPU tensor}: names, types, shapes and bytes. Taken from memory, so that a
+    large checkpoint is written once and not read again."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def newest_checkpoint(run_folder):
@@ -365,15 +409,17 @@ def newest_checkpoint(run_folder):
         try:
             state = read_json(folder / "state.json")
             parts = {}
-            for name, digest in state["files"].items():
-                if Path(name).name != name or _digest(folder / name) != digest:
+            for name, expected in state["parts"].items():
+                if Path(name).name != name:
+                    raise UserError(f"{name!r} is no file name")
+                # safetensors maps the file: the tensors are read when they are used.
+                parts[name] = load_file(folder / f"{name}.safetensors")
+                if digest(parts[name]) != expected:
                     raise UserError(f"{name} does not match its hash")
-                parts[Path(name).stem] = load_file(folder / name)
             return int(state["iteration"]), parts
         except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError,
                 SafetensorError) as error:
-            if first():
-                print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
+            print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
     return 0, None
 
 
@@ -382,12 +428,14 @@ class Run:
     call every method; the first one writes.
 
     settings is a dict of plain values. A folder that holds another run's settings is refused unless
-    overwrite is set; a folder that is not a run folder is never touched.
+    overwrite is set; a folder that is not a run folder is never touched. For files that may have
+    been moved, "model_content" and the like (content_of) are compared instead of the path.
     """
 
     def __init__(self, folder, settings, overwrite=False):
         self.folder, self.settings = Path(folder), settings
         self.interrupted, self.bad = False, 0
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; give --out a folder")
         saved = self.folder / "settings.json"
@@ -395,9 +443,28 @@ class Run:
                 not path.name.startswith(".") for path in self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is not a run folder; "
                             "give --out another name")
+        self.replace = saved.exists() and overwrite
+        if self.folder.exists():
+            self._lock()
         if saved.exists() and not overwrite:
             self._compare(read_json(saved))
-        self.replace = saved.exists() and overwrite
+
+    def _lock(self):
+        """Keeps other commands out of the folder. The system itself drops the lock when this
+        process ends, however it ends: nothing is left over that would have to be cleaned up."""
+        taken = False
+        if first() and fcntl:
+            fd = os.open(self.folder, os.O_RDONLY)
+            leaving.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = True
+            except OSError:                               # a file system without locks
+                pass
+        if any_process(taken):
+            raise UserError(f"{self.folder} is in use by another command that is still running; "
+                            "wait for its end or give another --out")
 
     def _compare(self, before):
         if before.get("format") != FORMAT:
@@ -406,9 +473,12 @@ class Run:
         before = before.get("settings")
         if not isinstance(before, dict):
             raise UserError(f"{self.folder}/settings.json holds no settings")
-        differing = [f"{key} was {before.get(key)}, is {value}"
-                     for key, value in self.settings.items()
-                     if key not in MAY_CHANGE and before.get(key) != value]
+        differing = []
+        for key, value in self.settings.items():
+            if key not in MAY_CHANGE and before.get(key) != value:
+                name = key.removesuffix("_content")
+                what = f"{name} was {before.get(name)}, is {self.settings[name]}"
+                differing.append(what + (" with other content" if name != key else ""))
         if differing:
             raise UserError(f"{self.folder} holds a run with other settings "
                             f"({'; '.join(differing)}); "
@@ -446,24 +516,28 @@ class Run:
                 self.folder.rename(old)
                 shutil.rmtree(old)
             self.folder.mkdir(parents=True, exist_ok=True)
+        if self.replace or not (self.folder / "settings.json").exists():
+            self._lock()                                  # of a folder that is new
+        if first():
             # First of all, so that a kill leaves nothing that looks like somebody else's folder.
             write_json(self.folder / "settings.json",
                        {"format": FORMAT, "settings": self.settings,
                         "versions": versions() | {"processes": processes()}})
             (self.folder / "samples").mkdir(exist_ok=True)
         any_process(False)
-        iteration, parts = newest_checkpoint(self.folder)
         self._catch_signals()
+        iteration, parts = newest_checkpoint(self.folder) if first() else (0, None)
+        iteration = int(gather(torch.tensor([iteration]))[0])    # the first process read it for all
         if first():
             self._cut_metrics(iteration)
-        if not parts:
+        if not iteration:
             return 0
         try:
             for name, net in networks.items():
-                set_model_state_dict(net, parts[name],
-                                     options=StateDictOptions(full_state_dict=True))
+                load_whole(net, parts[name] if first() else {})
             for name, optimizer in optimizers.items():
-                load_optimizer(networks[name], optimizer, parts[f"{name}_optimizer"])
+                load_optimizer(networks[name], optimizer,
+                               parts[f"{name}_optimizer"] if first() else {})
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{self.folder}: its checkpoint does not fit these networks "
                             f"({str(error).splitlines()[0][:160]})") from error
@@ -488,7 +562,7 @@ class Run:
             self.interrupted = True
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):         # not in the main thread
-                signal.signal(number, handler)
+                leaving.callback(signal.signal, number, signal.signal(number, handler))
 
     def stopping(self):
         """Whether any process was asked to stop."""
@@ -521,28 +595,49 @@ class Run:
             print(f"iteration {iteration}: the gradient of {', '.join(wrong)} is not finite; "
                   "its update was skipped", file=sys.stderr)
         if self.bad >= 3:
-            raise UserError(f"{self.bad} iterations in a row were not finite; the newest "
-                            f"checkpoint in {self.folder} is sound")
+            advice = f"the newest checkpoint in {self.folder} is sound"
+            if not checkpoints(self.folder):
+                advice = "there is no checkpoint yet; lower the learning rates"
+            raise UserError(f"{self.bad} iterations in a row were not finite; {advice}")
+
+    def due(self, iteration, every):
+        """Whether to save now: at every so many iterations or, when every is None, whenever saving
+        has then taken no more than SAVING of the time."""
+        if every:
+            return iteration % every == 0
+        spent = time.monotonic() - self.saved_at
+        return any_process(first() and spent > max(SOONEST, self.save_seconds / SAVING))
 
     def save(self, iteration, networks, optimizers):
         """Writes checkpoint-NNNNNN/, what restore() puts back, and removes all but the newest two.
-        Sharded tensors are made whole."""
-        parts = {name: whole_state(net) for name, net in networks.items()}
-        for name, optimizer in optimizers.items():
-            parts[f"{name}_optimizer"] = optimizer_tensors(networks[name], optimizer)
+        Sharded tensors are made whole, one part at a time, in the first process."""
+        begun = time.monotonic()
 
         def write(folder):
-            for part, tensors in parts.items():
-                save_tensors(folder / f"{part}.safetensors", tensors)
-            files = {p.name: _digest(p) for p in sorted(folder.glob("*.safetensors"))}
-            write_json(folder / "state.json",
-                       {"format": FORMAT, "iteration": iteration, "files": files})
+            digests = {}
+            for name, net in networks.items():
+                write_part(folder, name, whole_state(net), digests)
+            for name, optimizer in optimizers.items():
+                write_part(folder, f"{name}_optimizer",
+                           optimizer_tensors(networks[name], optimizer), digests)
+            if first():
+                write_json(folder / "state.json",
+                           {"format": FORMAT, "iteration": iteration, "parts": digests})
+
+        def write_part(folder, name, tensors, digests):
+            if first():
+                save_tensors(folder / f"{name}.safetensors", tensors)
+                digests[name] = digest(tensors)
 
         if first():
             save_whole(self.folder / f"checkpoint-{iteration:06d}", write)
             for old in checkpoints(self.folder)[:-KEEP]:
                 shutil.rmtree(old)
+        else:
+            write(None)                                   # gives its pieces, writes nothing
         any_process(False)
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - begun
 
 
 # ================================================================== optimiser plumbing
@@ -582,6 +677,13 @@ def whole_state(net):
                                                               cpu_offload=True))
 
 
+def load_whole(net, state):
+    """Puts a whole state, which only the first process needs to hold, into a network that may be
+    sharded: each process receives its part."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes() > 1)
+    set_model_state_dict(net, state, options=options)
+
+
 # Not torch's state-dict helpers for optimisers: they step an optimiser that has no state yet, so
 # that its first real step would count as the second one.
 
@@ -598,13 +700,26 @@ def optimizer_tensors(net, optimizer):
 
 
 def load_optimizer(net, optimizer, tensors):
-    """Puts back what optimizer_tensors saved. Rates and betas come from the settings."""
-    named = dict(net.named_parameters())
-    for key, value in tensors.items():
+    """Puts back what optimizer_tensors saved; only the first process needs to hold it. Rates and
+    betas come from the settings."""
+    names = dict(net.named_parameters())
+    keys = [(key, tuple(value.shape), value.dtype) for key, value in tensors.items()]
+    if processes() > 1:
+        everybodys = [keys]
+        dist.broadcast_object_list(everybodys)
+        keys = everybodys[0]
+    for key, shape, dtype in keys:
         name, slot = key.rsplit(".", 1)
-        parameter = named[name]
-        value = value.to(parameter.device, copy=True)
-        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements,
-                                      src_data_rank=None)   # all have read it: nothing is sent
-        optimizer.state[parameter][slot] = value
+        parameter = names[name]
+        # step counts are single numbers; they stay on the CPU unless the optimiser is fused
+        value = torch.empty(shape, dtype=dtype) if not first() else tensors[key]
+        optimizer.state[parameter][slot] = spread(value.to(parameter.device, copy=True), parameter)
+
+
+def spread(value, like):
+    """The first process's whole tensor `value` for all: in pieces where `like` lies in pieces."""
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    if processes() > 1:
+        dist.broadcast(value, 0)
+    return value

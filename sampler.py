@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from run import (FORMAT, UserError, checkpoints, command, first, load_file, option, parse_settings,
-                 read_json, replace_file, rng)
+from run import (FORMAT, UserError, checkpoints, command, content_of, first, load_file, option,
+                 parse_settings, read_json, replace_file, rng, write_json)
 from cache import CachedSD3, make_compensation, nfe
 from losses import euler, guidance_weight, guide, shift_sigma
-from model import (PRESETS, Decoder, Prompts, call_network, check_base, choose_prompts,
-                   find_preset, loading, parse_span, pick_device, velocity)
+from model import (PRESETS, Decoder, Prompts, add_lora, base_content, call_network, check_base,
+                   check_whole, choose_prompts, empty_transformer, find_preset, loading, merge_lora,
+                   parse_span, pick_device, variant, velocity)
 
 TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 
@@ -204,10 +205,15 @@ def recipe_of(preset, stage, steps, alpha, guidance, shape, size=None):
     # itself: the sigmas, no guidance (the student has learnt it), the text length.
     without_t5 = "" if preset.text_length else ", text_encoder_3=None, tokenizer_3=None"
     pixels = f", height={size}, width={size}" if size else ""
-    student = "SD3Transformer2DModel.from_pretrained('RUN/student')"
+    # One dtype for all parts: transformers would load the encoders as the files are, diffusers the
+    # student in fp32.
+    dtype = "torch_dtype=torch." + ("float32" if preset.captions == "tiny" else "float16")
+    student = f"SD3Transformer2DModel.from_pretrained('RUN/student', {dtype})"
+    half_only = ", variant='fp16'" if variant(preset, "vae") else ""
     return {
         "format": FORMAT,
         "base": preset.name,                              # whose VAE and text encoders it needs
+        "base_content": base_content(preset),             # the same base, wherever it lies
         "stage": stage,
         "iteration": 0,                                   # 0 until the run is finished
         "steps": steps,                                   # N
@@ -219,9 +225,20 @@ def recipe_of(preset, stage, steps, alpha, guidance, shape, size=None):
         "latent_shape": list(shape),                      # C, H, W
         "resolution": size,                               # pixels, if not the model's own
         "stock_call": f"StableDiffusion3Pipeline.from_pretrained({preset.source!r}, "
+                      f"{dtype}{half_only}, "
                       f"transformer={student}{without_t5})"
                       f"(prompt, sigmas={stock_sigmas(steps)}, num_inference_steps={steps}, "
                       f"guidance_scale=1.0, max_sequence_length={preset.text_length}{pixels})"}
+
+
+def keep_recipe(folder, recipe, iteration=None):
+    """Writes distill.json, the first process for all: with the iteration of a result, or of the
+    result that is there already (0 without one)."""
+    file = Path(folder) / "distill.json"
+    if iteration is None:
+        iteration = read_json(file)["iteration"] if file.exists() else 0
+    if first():
+        write_json(file, recipe | {"iteration": iteration})
 
 
 # What every distill.json must hold; span, compensation and init are Stage II's alone.
@@ -262,6 +279,51 @@ def read_recipe(folder):
     return recipe
 
 
+def newest_weights(folder, recipe):
+    """Where a run's newest student lies: student/ or, while it trains, the newest checkpoint."""
+    saved = checkpoints(folder)
+    newest = int(saved[-1].name[-6:]) if saved else -1
+    student = Path(folder) / "student"
+    if (student / "config.json").exists() and recipe["iteration"] >= newest:
+        return student
+    if not saved:
+        raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
+    return saved[-1]
+
+
+def student_content(folder):
+    """What a run's newest student is, wherever the run lies."""
+    weights = newest_weights(folder, read_recipe(folder))
+    return content_of(weights, "*.safetensors" if weights.name == "student"
+                      else "student.safetensors")
+
+
+def few_step_config(source, preset):
+    """(config, its sub-folder or None) of a few-step SD3 transformer that others distilled from the
+    same base: a transformer's folder or hub id, or a pipeline's. UserError when it takes other
+    inputs than the base."""
+    with loading("the few-step transformer", source):
+        try:
+            config, part = CachedSD3.load_config(source), None
+        except OSError:                                   # a whole pipeline, then
+            config, part = CachedSD3.load_config(source, subfolder="transformer"), "transformer"
+    base = check_base(preset)
+    for key in ("_class_name", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
+        if config.get(key) != base.get(key):
+            raise UserError(f"{source} has {key} = {config.get(key)}; its base has {base.get(key)}")
+    return config, part
+
+
+def load_few_step(source, preset, dtype=torch.float32):
+    """That transformer, in eval mode."""
+    config, part = few_step_config(source, preset)
+    check_whole(empty_transformer(config), Path(source) / (part or ""))
+    with loading("the few-step transformer", source):
+        net = CachedSD3.from_pretrained(source, subfolder=part, torch_dtype=dtype,
+                                        use_safetensors=True)
+    return net.eval()
+
+
 def load_student(folder, preset, recipe, device):
     """(student, span or None, f or None) of a run, finished or not: the result or, when that is
     older, the newest checkpoint."""
@@ -269,24 +331,27 @@ def load_student(folder, preset, recipe, device):
     # A finished run has a stock folder, student/, and beside it f (in a file of its own: a stock
     # folder drops keys that it does not know). One that still trains has checkpoints only.
     folder = Path(folder)
-    saved = checkpoints(folder)
-    newest = int(saved[-1].name[-6:]) if saved else -1
-    finished = (folder / "student" / "config.json").exists() and recipe["iteration"] >= newest
-    if not finished and not saved:
-        raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
+    weights = newest_weights(folder, recipe)
+    finished = weights.name == "student"
     span = f = None
     try:
         if finished:
-            student = CachedSD3.from_pretrained(folder / "student", torch_dtype=torch.float32,
+            config = CachedSD3.load_config(weights)
+            check_whole(empty_transformer(config), weights)
+            student = CachedSD3.from_pretrained(weights, torch_dtype=torch.float32,
                                                 use_safetensors=True)
         else:
             student = CachedSD3.from_config(check_base(preset))
-            student.load_state_dict(load_file(saved[-1] / "student.safetensors"))
+            if recipe.get("lora_rank"):                   # a checkpoint holds adapters, not merged
+                add_lora(student, recipe["lora_rank"], seed=0)
+            student.load_state_dict(load_file(weights / "student.safetensors"))
+            if recipe.get("lora_rank"):
+                merge_lora(student)
         if recipe.get("cached_blocks"):
             span = parse_span(recipe["cached_blocks"], len(student.transformer_blocks))
         if span and recipe.get("compensation", True):
             f = make_compensation(student.inner_dim)
-            source = folder if finished else saved[-1]
+            source = folder if finished else weights
             f.load_state_dict(load_file(source / "compensation.safetensors"))
             f.to(device).eval()
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -298,6 +363,17 @@ def load_student(folder, preset, recipe, device):
         raise UserError(f"{folder}/distill.json: latent_shape {recipe['latent_shape']} does not "
                         "fit its student")
     return student.to(device).eval(), span, f
+
+
+def find_base(recipe, model=None):
+    """The preset of a run's base model, or of `model`, where it lies now."""
+    name = recipe["base"] if model is None else model
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise UserError(f"the base model {name} is not there; say where it is now: --model FOLDER")
+    preset = find_preset(name)
+    if model and recipe.get("base_content") not in (None, base_content(preset)):
+        raise UserError(f"--model {model} is not the base model that this run was distilled from")
+    return preset
 
 
 # ================================================================== pictures
@@ -349,6 +425,7 @@ def save_pictures(pictures, path, columns):
 class Settings:
     checkpoint: str = option(
         None, "run folder of train_stage1.py or train_stage2.py, finished or not")
+    model: str = option(None, "where the base model is now, if it has moved")
     prompt: str = option(None, "one prompt")
     prompts: str = option(None, "file of prompts: text, one a line, or JSON lines with \"prompt\"")
     num_images: int = option(4, "images for each prompt", low=1, high=100_000)
@@ -374,8 +451,11 @@ def main(argv):
     if settings.prompt and settings.prompts:
         raise UserError("give --prompt or --prompts, not both")
     recipe = read_recipe(settings.checkpoint)
-    preset, device = find_preset(recipe["base"]), pick_device(settings.device)
-    texts = choose_prompts(preset, settings.prompts, settings.prompt)[:1000]
+    preset, device = find_base(recipe, settings.model), pick_device(settings.device)
+    texts = choose_prompts(preset, settings.prompts, settings.prompt)
+    if not settings.prompt and not settings.prompts and preset.captions != "tiny":
+        texts = texts[:4]                                 # of the grammar's 80,000
+    texts = texts[:1000]
 
     # Everything comes from the run folder: which base model, how many steps, which span, f. Only
     # the prompts and the noises are the caller's.

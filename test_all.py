@@ -66,7 +66,7 @@ def metrics(folder):
 
 def references_of(folder):
     """The reference pictures that lie beside a run of Stage II, uint8 [R, 3, H, W]."""
-    file, = folder.parent.glob("references-*/pictures.safetensors")
+    file, = folder.parent.glob("references-*/pictures-*.safetensors")
     return load_file(file)["pictures"]
 
 

@@ -23,19 +23,19 @@ import dataclasses
 import functools
 import hashlib
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from run import (CommonSettings, Run, UserError, check_batch, clip_and_step, command, fill_in,
-                 first, join_processes, micro_batches, option, parse_settings, rng, share,
-                 write_json)
+                 first, join_processes, micro_batches, option, parse_settings, rng, share)
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
                     importance_curve, renoise, window, x0_from_velocity)
-from model import (Decoder, Prompts, check_base, choose_prompts, draw_pool, find_preset,
-                   frozen_dtype, load_transformer, pick_device, place, save_transformer,
-                   vae_factor, velocity)
-from sampler import Gallery, guided_velocity, recipe_of, roll_out, sigma_grid
+from model import (Decoder, Prompts, base_content, check_base, choose_prompts, draw_pool,
+                   find_preset, frozen_dtype, load_transformer, pick_device, place,
+                   save_transformer, vae_factor, velocity)
+from sampler import Gallery, guided_velocity, keep_recipe, recipe_of, roll_out, sigma_grid
 
 # ================================================================== settings and recipes
 
@@ -88,7 +88,7 @@ SD3 = dict(
     alpha=0.94,                 # [paper, second hand]; [official] 0.96
     guidance=7.0,               # [official]; [paper, second hand] too
     pool=2048,                  # [ours] 2.7 MB of host memory each; [official] 100 000
-    checkpoint_every=50,        # [official]
+    checkpoint_every=None,      # [ours] by time (run.Run.due); [official] 50
     sample_every=50,            # [ours]
 )
 BETAS = (0.0, 0.999)            # [official]; [paper, second hand] too
@@ -102,7 +102,8 @@ def resolve(settings):
     the preset, the shape [C, H, W] of a latent and the texts of the prompts."""
     preset = find_preset(settings.model)
     fill_in(settings, TINY if preset.captions == "tiny" else SD3)
-    settings.out = settings.out or f"runs/{settings.model.strip('/').split('/')[-1]}-stage1"
+    settings.model = preset.name                                # a folder's path from anywhere
+    settings.out = settings.out or f"runs/{Path(preset.name).name}-stage1"
     check_batch(settings)
     pick_device(settings.device)
     texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
@@ -225,16 +226,19 @@ def main(argv):
     device = pick_device(settings.device)
     join_processes(device)
     resolved["device"] = str(device)
-    resolved["prompts_sha256"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    # What a resumed run must find again, though it may lie elsewhere.
+    resolved["model_content"] = base_content(preset)
+    resolved["prompts_content"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     run = Run(settings.out, resolved, settings.overwrite)
     if run.finished(settings.iterations):
         return
 
     # ------------------------------------------------------------- three networks, one base
-    prompts = Prompts(preset, texts, device)                    # frees the text encoders again
-    teacher = place(load_transformer(preset, frozen_dtype(device)), device)
-    student = place(load_transformer(preset), device)
-    fake_score = place(load_transformer(preset), device)
+    prompts = Prompts(preset, texts, device, run.folder.parent)     # frees the text encoders again
+    teacher = place(load_transformer(preset, frozen_dtype(device), everywhere=False), device,
+                    settings.compile)
+    student = place(load_transformer(preset, everywhere=False), device, settings.compile)
+    fake_score = place(load_transformer(preset, everywhere=False), device, settings.compile)
     teacher.requires_grad_(False)
     decode = Decoder(preset, device)                            # for the sample grids only
     if settings.gradient_checkpointing:
@@ -248,9 +252,7 @@ def main(argv):
     start = run.restore(networks, optimizers)                   # 0, or where a run was interrupted
     recipe = recipe_of(preset, 1, settings.steps, settings.alpha, settings.guidance, shape,
                        settings.resolution)
-    recipe_file = run.folder / "distill.json"
-    if first() and not recipe_file.exists():
-        write_json(recipe_file, recipe)
+    keep_recipe(run.folder, recipe)
     sigmas_cpu = sigma_grid(settings.steps)                     # N + 1 levels, 1 … 0
     sigmas = sigmas_cpu.to(device)                              # the same where the networks are
     gallery = Gallery(preset, prompts)
@@ -293,7 +295,7 @@ def main(argv):
         if done % settings.sample_every == 0 or last:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
                          sigmas)
-        if done % settings.checkpoint_every == 0 or last or stop:
+        if run.due(done, settings.checkpoint_every) or last or stop:
             run.save(done, networks, optimizers)
         if stop and not last:
             bar.close()
@@ -301,8 +303,7 @@ def main(argv):
 
     # ------------------------------------------------------------- the result
     save_transformer(student, run.folder / "student", half=preset.captions != "tiny")
-    if first():
-        write_json(recipe_file, recipe | {"iteration": settings.iterations})
+    keep_recipe(run.folder, recipe, settings.iterations)
     seconds = time.perf_counter() - begun
     print(f"{run.folder}/student: {settings.steps} steps, {seconds:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")

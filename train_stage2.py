@@ -24,20 +24,22 @@ import hashlib
 import time
 from pathlib import Path
 
-from run import (CommonSettings, Run, UserError, any_process, check_batch, clip_and_step, command,
-                 fill_in, first, gather, join_processes, load_file, micro_batches, option,
-                 parse_settings, processes, rng, save_tensors, share, write_json)
+from run import (CommonSettings, Run, UserError, check_batch, clip_and_step, command, content_of,
+                 fill_in, first, join_processes, load_file, micro_batches, option, parse_settings,
+                 rng, save_tensors, share, share_of)
 
 import torch
 from tqdm import tqdm
 
 from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss, guidance_weight
-from model import (Decoder, Discriminator, Prompts, add_lora, check_base, choose_prompts,
-                   draw_pool, find_preset, frozen_dtype, load_transformer, parse_span, pick_device,
-                   place, save_transformer)
-from sampler import (Gallery, cached_velocity, image_noise, load_scheduler, load_student,
-                     read_recipe, recipe_of, roll_out, sample_guided, sigma_grid, teacher_sigmas)
+from model import (Decoder, Discriminator, Prompts, add_lora, base_content, check_base,
+                   choose_prompts, draw_pool, empty_transformer, find_preset, frozen_dtype,
+                   load_transformer, not_shadowed, parse_span, pick_device, place,
+                   save_transformer)
+from sampler import (Gallery, cached_velocity, few_step_config, image_noise, keep_recipe,
+                     load_few_step, load_scheduler, load_student, read_recipe, recipe_of, roll_out,
+                     sample_guided, sigma_grid, student_content, teacher_sigmas)
 
 # ================================================================== settings and recipes
 
@@ -53,7 +55,9 @@ class Settings(CommonSettings):
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
     warmup: int = option(None, "iterations in which G's turns move f alone", low=0)
     reference: str = option("teacher", "who makes the references: the teacher guided with alpha "
-                            "[ours], or a Stage I run with more steps [official: 4]")
+                            "[ours], a Stage I run with more steps [official: 4], or a few-step "
+                            "SD3 transformer of others, a folder or hub id")
+    reference_steps: int = option(4, "its steps, where it is no run of ours", low=1, high=100)
     references: int = option(768, "reference pictures R, made once and kept [ours]",
                              low=1, high=10**7)
     lora_rank: int = option(None, "train LoRA of this rank, merged at the end [official 64]; "
@@ -64,6 +68,7 @@ class Settings(CommonSettings):
     student_lr: float = option(None, "learning rate of the student", above=0, high=1)
     compensation_lr: float = option(None, "learning rate of f", above=0, high=1)
     discriminator_lr: float = option(None, "learning rate of the heads", above=0, high=1)
+    discriminator: str = option(None, "its frozen backbone: folder or hub id of a ConvNeXtV2")
 
 
 # Two recipes, side by side. Every option above whose default is None takes its value from here; the
@@ -87,7 +92,7 @@ SD3 = dict(
     discriminator_lr=1e-5,      # [official]
     warmup=500,                 # [paper, second hand]; [official] 1000
     pool=2048,                  # [ours] 2.7 MB of host memory each; [official] 100 000
-    checkpoint_every=100,       # [official]
+    checkpoint_every=None,      # [ours] by time (run.Run.due); [official] 100
     sample_every=200,           # [ours]
 )
 BETAS = (0.9, 0.95)             # [official] all three; [paper, second hand] too
@@ -115,15 +120,17 @@ def resolve(settings):
     preset = find_preset(settings.model)
     fill_in(settings, TINY if preset.captions == "tiny" else SD3)
     fill_in(settings, {"cached_blocks": preset.cached_blocks})
-    short = settings.model.strip("/").split("/")[-1]
+    if settings.discriminator is None:
+        not_shadowed(preset.discriminator, "--discriminator")
+        settings.discriminator = preset.discriminator
+    preset = dataclasses.replace(preset, discriminator=settings.discriminator)
+    settings.model = preset.name                          # a folder's path from anywhere
+    short = Path(preset.name).name
     settings.init = settings.init or f"runs/{short}-stage1"
     settings.out = settings.out or f"runs/{short}-stage2"
     if settings.cached_blocks == "none" or settings.no_compensation:
         settings.warmup = 0                               # there is no f to warm up
     check_batch(settings)
-    if settings.references % processes():
-        raise UserError(f"--references {settings.references} is not a multiple of "
-                        f"{processes()} processes")
     pick_device(settings.device)
     texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
 
@@ -136,21 +143,25 @@ def resolve(settings):
                 "latent_shape": [config["in_channels"], side, side]}
     else:
         init = read_recipe(settings.init)
-    if init["base"] != preset.name:
+    # A moved base is still the same base.
+    if init["base"] != preset.name and init.get("base_content") != base_content(preset):
         raise UserError(f"{settings.init} was distilled from {init['base']}, "
                         f"not from {preset.name}")
     if init["stage"] != 1:
         raise UserError(f"{settings.init} is a run of Stage {init['stage']}; --init takes one of "
                         "Stage I")
     # Who makes the references must be better than the student, or D teaches nothing new.
-    if settings.reference != "teacher":
+    if is_run(settings.reference):
         other = read_recipe(settings.reference)
         if other["steps"] <= init["steps"]:
             raise UserError(f"--reference {settings.reference} has no more steps than --init "
                             f"{settings.init}; references must be better than the student")
-        if (other["base"], other["latent_shape"]) != (init["base"], init["latent_shape"]):
+        keys = ("base", "base_content", "latent_shape")
+        if [other.get(key) for key in keys] != [init.get(key) for key in keys]:
             raise UserError(f"--reference {settings.reference} has another base model or picture "
                             f"size than --init {settings.init}")
+    elif settings.reference != "teacher":
+        few_step_config(settings.reference, preset)       # refuses what does not fit the base
     # Which blocks step two skips.
     if settings.cached_blocks == "none":
         return preset, init, None, texts
@@ -215,59 +226,70 @@ def draw_batch(i, settings, chosen, texts):
 
 # ================================================================== references, made once
 
-def make_references(path, settings, preset, init, prompts, chosen, decode, run):
-    """Writes the reference pictures, uint8 [R, 3, 8H, 8W], of training noises 0 … R − 1 to path
-    (deviation 10).
+def make_references(folder, settings, preset, init, prompts, chosen, decode, run):
+    """The reference pictures, uint8 [R, 3, 8H, 8W], of training noises 0 … R − 1 (deviation 10).
+    Made once and kept in the folder, batch by batch: after a kill the rest is made.
 
     The official code makes them anew in every iteration, by a 4-step student that was not released.
     Here the teacher makes them once, with its 28 steps. It is guided with α as in Stage I, or it
     would teach the collapse again that Stage I avoided.
     """
-    device, shape = prompts.device, init["latent_shape"]
-    if settings.reference == "teacher":
-        maker = load_transformer(preset, frozen_dtype(device)).to(device)
-        grid, w = teacher_sigmas(load_scheduler(preset)), init["guidance"]
-    else:
-        other = read_recipe(settings.reference)
-        maker, _, _ = load_student(settings.reference, preset, other, device)
-        maker = maker.to(frozen_dtype(device))
-        grid, w = sigma_grid(other["steps"]), 1.0         # a student is not guided
-    # The noise is the one that the student will start from, as in the official code. So reference
-    # and picture usually show the same layout, and what tells them apart is detail.
-    # Not sharded: each process makes its share without waiting for the others.
-    mine = share(torch.arange(settings.references))
-    pictures = []
-    with torch.inference_mode():
-        for images in tqdm(mine.split(128 if preset.captions == "tiny" else 4), desc="references",
-                           disable=not first()):
-            if run.interrupted:
-                raise KeyboardInterrupt
-            x = image_noise(settings.seed, images, shape, "training").to(device)
-            prompt, uncond = prompts.take(chosen[images]), prompts.uncond(len(x))
+    device, shape, maker = prompts.device, init["latent_shape"], None
+    batches = torch.arange(settings.references).split(128 if preset.captions == "tiny" else 4)
+    files = [folder / f"pictures-{batch[0]:06d}.safetensors" for batch in batches]
+    # Not sharded: each process makes its share of the batches without waiting for the others.
+    for j in tqdm(share_of(range(len(files))), desc="references", disable=not first()):
+        if files[j].exists():
+            continue
+        if run.interrupted:
+            raise KeyboardInterrupt
+        if maker is None:
+            maker, grid, w = reference_maker(settings, preset, init, device)
+        # The noise is the one that the student will start from, as in the official code. So
+        # reference and picture usually show the same layout, and what tells them apart is detail.
+        x = image_noise(settings.seed, batches[j], shape, "training").to(device)
+        prompt, uncond = prompts.take(chosen[batches[j]]), prompts.uncond(len(x))
+        with torch.inference_mode():
             x, _ = sample_guided(maker, x, prompt, uncond, grid, w, init["alpha"])
-            for one in x.split(1):                        # 1024² pictures need much memory
-                pictures.append((decode(one).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-    pictures = gather(torch.cat(pictures))                # R×3×8H×8W
-    if first():
-        save_tensors(path, {"pictures": pictures})
+            # Decoded now, one by one: the picture of a 1024² latent costs more than a pass of the
+            # transformer, and each reference is looked at about a hundred times.
+            pictures = torch.cat([decode(one) for one in x.split(1)]).clamp(0, 1) * 255
+        save_tensors(files[j], {"pictures": pictures.round().to(torch.uint8)})
     run.stopping()                                        # asks all processes, so all wait here
+    return torch.cat([load_file(file)["pictures"] for file in files])     # R×3×8H×8W
 
 
-def references_file(settings, preset, init, prompts_sha256):
+def reference_maker(settings, preset, init, device):
+    """(network, sigmas, w) of whoever makes the references (--reference)."""
+    dtype = frozen_dtype(device)
+    if settings.reference == "teacher":
+        grid = teacher_sigmas(load_scheduler(preset))
+        return load_transformer(preset, dtype).to(device), grid, init["guidance"]
+    # A student is not guided: it has learnt its guidance.
+    if is_run(settings.reference):
+        other = read_recipe(settings.reference)
+        student, _, _ = load_student(settings.reference, preset, other, device)
+        return student.to(dtype), sigma_grid(other["steps"]), 1.0
+    student = load_few_step(settings.reference, preset, dtype)
+    return student.to(device), sigma_grid(settings.reference_steps), 1.0
+
+
+def is_run(reference):
+    """Whether --reference names a run folder; else it is the teacher or others' transformer."""
+    return (Path(reference) / "distill.json").exists()
+
+
+def references_folder(settings, init, resolved):
     """Where the references lie: beside the run folders, named by all that they depend on, so that
     runs which differ in something else share them."""
     # Prompts, noises, size, the weights of whoever makes them, and the guidance: not only w and α
     # but the rule itself, so that a changed guidance_weight makes new references.
-    about = [preset.source, settings.reference, settings.references, settings.seed, prompts_sha256,
-             init["latent_shape"], init["alpha"], init["guidance"]]
-    maker = Path(preset.source) / "transformer"
-    if settings.reference != "teacher":
-        maker = Path(settings.reference) / "student"
-    for file in sorted(maker.glob("*.safetensors")):      # other weights in the same folder
-        about.append(file.stat().st_mtime_ns)
+    about = [resolved["model_content"], resolved.get("reference_content", settings.reference),
+             settings.reference_steps, settings.references, settings.seed,
+             resolved["prompts_content"], init["latent_shape"], init["alpha"], init["guidance"]]
     about += guidance_weight(torch.linspace(1, 0, 101), init["guidance"], init["alpha"]).tolist()
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
-    return Path(settings.out).parent / f"references-{name}" / "pictures.safetensors"
+    return Path(settings.out).parent / f"references-{name}"
 
 
 # ================================================================== the script
@@ -286,8 +308,15 @@ def main(argv):
     device = pick_device(settings.device)
     join_processes(device)
     resolved["device"] = str(device)
-    resolved["started_from"] = [init[name] for name in ("iteration", "alpha", "guidance")]
-    resolved["prompts_sha256"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    # What a resumed run must find again, though it may lie elsewhere.
+    resolved["model_content"] = base_content(preset)
+    resolved["prompts_content"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    resolved["discriminator_content"] = content_of(settings.discriminator)
+    resolved["init_content"] = student_content(settings.init)
+    if is_run(settings.reference):
+        resolved["reference_content"] = student_content(settings.reference)
+    elif settings.reference != "teacher":
+        resolved["reference_content"] = content_of(settings.reference, "**/*.safetensors")
     run = Run(settings.out, resolved, settings.overwrite)
     if run.finished(settings.iterations):
         return
@@ -295,8 +324,10 @@ def main(argv):
     # ------------------------------------------------------------- student, f, discriminator
     # No fake score any more, and the teacher only while it makes the references: Stage II needs far
     # less memory than Stage I.
-    prompts = Prompts(preset, texts, device)              # frees the text encoders again
-    student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"))
+    prompts = Prompts(preset, texts, device, run.folder.parent)    # frees the text encoders again
+    student = empty_transformer(check_base(preset))
+    if first():                                           # place() sends the others their pieces
+        student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"))
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
     if span and not settings.no_compensation:
@@ -307,7 +338,7 @@ def main(argv):
         student.enable_gradient_checkpointing()
     if settings.lora_rank:
         add_lora(student, settings.lora_rank, settings.seed)
-    student = place(student, device)
+    student = place(student, device, settings.compile)
 
     # Only the discriminator's heads learn; its backbone, the VAE and the text encoders are frozen.
     networks = {"student": student, "discriminator": discriminator.heads}
@@ -321,19 +352,15 @@ def main(argv):
     generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
     start = run.restore(networks, optimizers)             # 0, or where a run was interrupted
     recipe = stage2_recipe(settings, preset, init, span, f, len(student.transformer_blocks))
-    recipe_file = run.folder / "distill.json"
-    if first() and not recipe_file.exists():
-        write_json(recipe_file, recipe)
+    keep_recipe(run.folder, recipe)
     sigmas = sigma_grid(steps)                            # 1, 0.75, 0
     gallery = Gallery(preset, prompts)
 
     # ------------------------------------------------------------- references, made once
     chosen = torch.randint(len(texts), (settings.references,),
                            generator=rng(settings.seed, "references"))    # R, their prompts
-    kept = references_file(settings, preset, init, resolved["prompts_sha256"])
-    if any_process(not kept.exists()):                    # all decide alike, or some would wait
-        make_references(kept, settings, preset, init, prompts, chosen, decode, run)
-    references = load_file(kept)["pictures"]              # R×3×8H×8W, uint8
+    references = make_references(references_folder(settings, init, resolved), settings, preset,
+                                 init, prompts, chosen, decode, run)      # R×3×8H×8W, uint8
 
     # ------------------------------------------------------------- train
     begun = time.perf_counter()
@@ -399,7 +426,7 @@ def main(argv):
         if done % settings.sample_every == 0 or last:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
                          sigmas, span, f)
-        if done % settings.checkpoint_every == 0 or last or stop:
+        if run.due(done, settings.checkpoint_every) or last or stop:
             run.save(done, networks, optimizers)
         if stop and not last:
             bar.close()
@@ -410,8 +437,7 @@ def main(argv):
     if f is not None and first():
         save_tensors(run.folder / "compensation.safetensors", f.state_dict())
     save_transformer(student, run.folder / "student", preset.captions != "tiny", settings.lora_rank)
-    if first():
-        write_json(recipe_file, recipe | {"iteration": settings.iterations})
+    keep_recipe(run.folder, recipe, settings.iterations)
     print(f"{run.folder}: {recipe['nfe']:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
@@ -427,7 +453,8 @@ def stage2_recipe(settings, preset, init, span, f, blocks):
     """The content of distill.json: Stage I's recipe, and which blocks are skipped."""
     shape, size = init["latent_shape"], init.get("resolution")
     recipe = recipe_of(preset, 2, init["steps"], init["alpha"], init["guidance"], shape, size)
-    recipe["init"] = settings.init
+    recipe["init"] = str(Path(settings.init).resolve())
+    recipe["lora_rank"] = settings.lora_rank
     if span:
         recipe["cached_blocks"] = settings.cached_blocks
         recipe["compensation"] = f is not None

@@ -43,11 +43,21 @@ import train_stage2
 from test_all import (SMALL, TINY, finished, finished2, seeded, small_sd3,  # noqa: F401
                       stock_pipe, teacher, weights)
 from tiny import make_teacher, world
-from tools import plan, random_model
+from tools import plan, prompt_files, random_model
 
 HERE = Path(model.__file__).parent
 # For the network of a Stage II run of a few turns; D_ONLY has to be patched.
 STAGE2 = ["--batch-size", "4", "--references", "8", "--log-every", "1", "--sample-every", "100"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(request, monkeypatch):
+    """Tests open one run folder several times in one process, which its lock would refuse; and what
+    a Run changes in the process (signals) is put back, as main() does."""
+    if "lock" not in request.node.name:
+        monkeypatch.setattr(run, "fcntl", None)
+    yield
+    run.leaving.close()
 
 
 def lines_of(folder):
@@ -69,7 +79,9 @@ def refused(script, words, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main([str(word) for word in words])
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
+    *warned, error = error.splitlines()
+    assert stop.value.code == 2 and error.startswith("error: ")
+    assert all(line.startswith("warning: ") for line in warned)
     return error
 
 
@@ -187,7 +199,7 @@ def test_prompt_files_of_windows_and_json_lines_are_read(tmp_path):
     (tmp_path / "w.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\na blue cross\r\n")
     (tmp_path / "j.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": " a blue cross "}\n')
     for name in ("w.txt", "j.jsonl"):
-        assert model.read_prompts(tmp_path / name) == ["a red circle", "a blue cross"]
+        assert prompt_files.read_prompts(tmp_path / name) == ["a red circle", "a blue cross"]
 
 
 def test_unknown_words_get_a_warning_in_the_miniature_only(capsys):
@@ -247,8 +259,8 @@ def test_the_newest_two_checkpoints_are_kept_and_everything_comes_back(tmp_path)
     lambda f: (f / "state.json").write_text((f / "state.json").read_text()[:-20]),
     lambda f: (f / "state.json").write_text(""),
     lambda f: (f / "state.json").write_text("[]"),
-    lambda f: (f / "state.json").write_text('{"iteration": 2, "files": {"../../x": "0"}}'),
-    lambda f: (f / "state.json").write_text('{"iteration": 2, "files": ["student.safetensors"]}'),
+    lambda f: (f / "state.json").write_text('{"iteration": 2, "parts": {"../../x": "0"}}'),
+    lambda f: (f / "state.json").write_text('{"iteration": 2, "parts": ["student"]}'),
     lambda f: (f / "state.json").unlink(),
     lambda f: os.truncate(f / "student.safetensors", 100),
     lambda f: os.truncate(f / "fake_score_optimizer.safetensors", 0),
@@ -297,7 +309,7 @@ def test_shapes_that_do_not_fit_are_one_line(finished, tmp_path, capsys):  # noq
     path = out / "checkpoint-000002"
     save_file({"other": torch.zeros(3)}, path / "student.safetensors")
     state = json.loads((path / "state.json").read_text())
-    state["files"]["student.safetensors"] = run._digest(path / "student.safetensors")
+    state["parts"]["student"] = run.digest({"other": torch.zeros(3)})
     run.write_json(path / "state.json", state)
     error = refused(train_stage1, [*SMALL, "--iterations", "2", "--out", out], capsys)
     assert "does not fit these networks" in error
@@ -580,7 +592,7 @@ def test_other_settings_in_the_same_folder_are_named_and_refused(finished, capsy
     error = refused(train_stage1, [*words, "3", "--alpha", "0.9"], capsys)
     assert "alpha was 0.94, is 0.9" in error and "--overwrite" in error
     error = refused(train_stage1, [*words, "2", "--pool", "7", "--loss", "official"], capsys)
-    assert "pool was 24, is 7; loss was ours, is official; prompts_sha256 was" in error
+    assert "pool was 24, is 7; loss was ours, is official; prompts was None" in error
     train_stage1.main([*map(str, words), "2", "--log-every", "3", "--checkpoint-every", "7"])
     assert "finished" in capsys.readouterr().out
 
@@ -593,7 +605,7 @@ def test_a_folder_past_the_iterations_or_of_another_format_is_refused(tmp_path, 
     assert not run.Run(tmp_path, {"seed": 1}).finished(2)
     saved = run.read_json(tmp_path / "settings.json")
     run.write_json(tmp_path / "settings.json", saved | {"format": 1})
-    with pytest.raises(run.UserError, match="was written in format 1; this code reads 2"):
+    with pytest.raises(run.UserError, match="was written in format 1; this code reads 3"):
         run.Run(tmp_path, {"seed": 1})
 
 
@@ -635,7 +647,7 @@ def test_an_overwriting_killed_at_any_of_its_steps_can_be_typed_again(tmp_path):
 @pytest.mark.parametrize("harm", [
     lambda f: (f / "distill.json").write_text("{}"),
     lambda f: (f / "distill.json").write_text('{"iteration": "two"}'),
-    lambda f: (f / "settings.json").write_text('{"format": 2, "settings": []}'),
+    lambda f: (f / "settings.json").write_text('{"format": 3, "settings": []}'),
     lambda f: (f / "metrics.jsonl").write_text("5\n[]\n{}\n"),
     lambda f: (f / "checkpoint-abcdef").mkdir()])
 def test_nonsense_in_a_run_folder_is_passed_over_or_refused_in_one_line(harm, tmp_path):
@@ -1496,14 +1508,14 @@ BAD_INPUT = [
     ("--prompts FOLDER/binary.txt", "not UTF-8 text"),
     ("--prompts FOLDER/nul.txt", "line 2: NUL"),
     ("--prompts FOLDER/long.txt", "line 2: NUL characters or longer than 10,000"),
-    ("--prompts FOLDER/bad.jsonl", "line 2: no JSON object with a text"),
+    ("--prompts FOLDER/bad.jsonl", "line 2: no text, and no object with \"prompt\""),
     ("--out FOLDER/file", "is a file; give --out a folder"),
     ("--out FOLDER/other", "exists and is not a run folder"),
     ("--out FOLDER/other --overwrite", "exists and is not a run folder"),
-    ("--out FOLDER/old", "was written in format 1; this code reads 2"),
+    ("--out FOLDER/old", "was written in format 1; this code reads 3"),
     ("--model sd4", "there is no model sd4; use tiny, sd3-medium"),
     ("--model FOLDER/model", "holds a FluxTransformer2DModel, not an SD3Transformer2DModel"),
-    ("--model FOLDER/other", "is FOLDER/other a diffusers pipeline folder?"),
+    ("--model FOLDER/other", "FOLDER/other is no pipeline folder: it has no transformer/config"),
     ("--model ./misspelt/folder", "there is no model ./misspelt/folder"),
     ("--model nobody/nothing", "--model tiny needs no download"),
     ("sampler.py", "--checkpoint RUN is needed"),
@@ -1691,9 +1703,9 @@ def test_losses_knows_only_torch_and_run_and_cache_none_of_ours():
         assert not found & ours, f"{name} imports {found & ours}"
 
 
-# Imported where they are asked for: --dry-run, and the metrics of real models.
+# Imported where they are asked for: --dry-run, --prompts, and the metrics of real models.
 ON_DEMAND = {("train_stage1", "tools.plan"), ("train_stage2", "tools.plan"),
-             ("evaluate", "tools.real_metrics")}
+             ("evaluate", "tools.real_metrics"), ("model", "tools.prompt_files")}
 
 
 def test_imports_close_no_circle():
