@@ -169,32 +169,50 @@ class BlockCache:
         cache.remove()
 
     A pipeline calls its transformer once for each step and knows nothing of Δ0, so it is kept here
-    between the calls. The first call of a sample path records it, the later ones reuse it. A call
-    is a later one if it brings the same prompt tensor, the same shape and a smaller timestep; any
-    other call begins a path of its own and runs in full.
+    between the calls. The first call of a sample path records it, the steps − 1 calls after it
+    reuse it. A call belongs to the path if it brings the same prompt tensor, the same shape and a
+    smaller timestep than the one before; any other call begins a path of its own and runs in full.
+    So no picture is ever made from the residual of another.
 
-    ValueError for a span that does not fit and for a model that has a cache already, before
-    anything is changed; and, from the call, for what cannot be honoured on a path with skipped
-    blocks.
+    ValueError for a span that does not fit, for what is no stock transformer and for one that has a
+    cache already (remove() that one first), before anything is changed; and, from the call, for
+    what cannot be honoured on a path with skipped blocks.
     """
 
-    def __init__(self, transformer, span, f=None):
+    def __init__(self, transformer, span, f=None, steps=2):
+        if not isinstance(transformer, SD3Transformer2DModel):
+            raise ValueError("a block cache needs an SD3Transformer2DModel as it is, not "
+                             f"{type(transformer).__name__} (compile its blocks, not the whole)")
         self.span = check_span(span, len(transformer.transformer_blocks))
-        if isinstance(transformer.__dict__.get("forward"), BlockCache):
+        if hasattr(transformer, "_block_cache"):
             raise ValueError("this transformer has a cache already; remove() that one first")
-        self.transformer = transformer
-        self.f = f
+        self.transformer, self.f, self.steps = transformer, f, steps
         self.forget()
-        transformer.forward = self                        # of this one object, not of its class
+        # The forward of this one object, not of its class. Offloading (accelerate) has put a
+        # forward of its own there, which moves the weights and then calls _old_forward: ours.
+        self.place = "_old_forward" if hasattr(transformer, "_old_forward") else "forward"
+        self.before = transformer.__dict__.get(self.place)
+        setattr(transformer, self.place, self)
+        transformer._block_cache = self
 
     def remove(self):
-        """Takes the cache off. The transformer is the stock one again."""
-        del self.transformer.forward
+        """Takes the cache off. The transformer is the stock one again. Nothing happens when it is
+        off already."""
+        if self.transformer.__dict__.get("_block_cache") is not self:
+            return
+        # Hooks that came or went after the cache have moved it from the one place to the other.
+        for place in ("forward", "_old_forward"):
+            if self.transformer.__dict__.get(place) is self:
+                delattr(self.transformer, place)
+                if place == "_old_forward":
+                    self.transformer._old_forward = self.before or self.transformer.forward
+        del self.transformer._block_cache
         self.forget()
 
     def forget(self):
         """Drops Δ0: the next call begins a new sample path."""
         self.delta = self.prompt = self.shape = self.timestep = None
+        self.left = 0                                     # steps of the path that are to come
 
     def __call__(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
                  return_dict=True, **others):
@@ -205,10 +223,12 @@ class BlockCache:
                 raise ValueError(f"{name} does not go together with a block cache; remove() the "
                                  "cache or leave it out")
         now = float(timestep.max())
-        later = (self.delta is not None and encoder_hidden_states is self.prompt
+        later = (self.left > 0 and encoder_hidden_states is self.prompt
                  and hidden_states.shape == self.shape and now < self.timestep)
         if not later:
             self.forget()
+            self.left = self.steps
+        self.left -= 1
         # CachedSD3's forward needs nothing but the stock sub-modules, so it runs on a stock object.
         velocity, self.delta = CachedSD3.forward(
             self.transformer, hidden_states, encoder_hidden_states, pooled_projections, timestep,

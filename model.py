@@ -46,6 +46,11 @@ HERE = Path(__file__).resolve().parent
 
 # ================================================================== base models
 
+# The discriminator's backbone, and the state of its repository that has safetensors with the names
+# that transformers reads today.
+BACKBONE, BACKBONE_REVISION = "facebook/convnextv2-base-22k-224", "refs/pr/2"
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """What belongs to a base model. The recipes (rates, counts) stand in the train scripts."""
@@ -56,7 +61,7 @@ class Preset:
     encode_batch: int = 16             # [ours] prompts encoded together; the result knows no other
     captions: str = "grammar"          # where prompts come from when no --prompts is given
     architecture: dict | None = None   # SD3Transformer2DModel's arguments, for --dry-run alone
-    discriminator: str = "facebook/convnextv2-base-22k-224"  # [ours] for OpenCLIP ConvNeXt-XXLarge
+    discriminator: str = BACKBONE      # [ours] in place of the official OpenCLIP ConvNeXt-XXLarge
     picture_mean: tuple = (0.485, 0.456, 0.406)              # what that backbone was trained on
     picture_std: tuple = (0.229, 0.224, 0.225)
 
@@ -169,10 +174,12 @@ def check_base(preset):
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise UserError(f"{preset.source} holds a {config.get('_class_name')}, "
                         "not an SD3Transformer2DModel")
-    with loading("the transformer", preset.source), torch.device("meta"):
-        check_whole(CachedSD3.from_config(config), Path(preset.source) / "transformer")
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    for part, cls in (("transformer", CachedSD3), ("vae", AutoencoderKL)):
+        with loading(f"the {part}", preset.source), torch.device("meta"):
+            empty = cls.from_config(cls.load_config(preset.source, subfolder=part))
+            check_whole(empty, Path(preset.source) / part)
     # The student's grid (sampler.sigma_grid) is SD3's: shift 3, for every picture size.
-    from diffusers import FlowMatchEulerDiscreteScheduler
     with loading("the scheduler", preset.source):
         schedule = FlowMatchEulerDiscreteScheduler.load_config(preset.source, subfolder="scheduler")
     for key, needed in SCHEDULE.items():
@@ -418,10 +425,6 @@ class Decoder:
     def __init__(self, preset, device, checkpointing=False):
         from diffusers import AutoencoderKL
         with loading("the VAE", preset.source):
-            with torch.device("meta"):
-                empty = AutoencoderKL.from_config(
-                    AutoencoderKL.load_config(preset.source, subfolder="vae"))
-            check_whole(empty, Path(preset.source) / "vae")
             self.vae = AutoencoderKL.from_pretrained(
                 preset.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True,
                 variant=variant(preset, "vae"))
@@ -493,11 +496,12 @@ def load_backbone(source):
     its weights are there."""
     # transformers' AutoBackbone fails on local folders, so the class is named here.
     from transformers import AutoConfig, ConvNextV2Backbone
+    revision = BACKBONE_REVISION if source == BACKBONE else None
     with loading("the discriminator's backbone", source):
-        levels = AutoConfig.from_pretrained(source).stage_names[1:]
+        levels = AutoConfig.from_pretrained(source, revision=revision).stage_names[1:]
         backbone, found = ConvNextV2Backbone.from_pretrained(
             source, out_features=levels, dtype=torch.float32, use_safetensors=True,
-            output_loading_info=True)
+            revision=revision, output_loading_info=True)
     # Older files name the weights of GRN gamma and beta. transformers then leaves them at zero
     # without a word, and the backbone sees less. hidden_states_norms come new with a backbone, and
     # its classifier is not needed.

@@ -434,7 +434,7 @@ class Run:
 
     def __init__(self, folder, settings, overwrite=False):
         self.folder, self.settings = Path(folder), settings
-        self.interrupted, self.bad = False, 0
+        self.interrupted, self.locked, self.bad = False, False, 0
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; give --out a folder")
@@ -452,7 +452,7 @@ class Run:
     def _lock(self):
         """Keeps other commands out of the folder. The system itself drops the lock when this
         process ends, however it ends: nothing is left over that would have to be cleaned up."""
-        taken = False
+        taken, self.locked = False, True
         if first() and fcntl:
             fd = os.open(self.folder, os.O_RDONLY)
             leaving.callback(os.close, fd)
@@ -516,8 +516,10 @@ class Run:
                 self.folder.rename(old)
                 shutil.rmtree(old)
             self.folder.mkdir(parents=True, exist_ok=True)
-        if self.replace or not (self.folder / "settings.json").exists():
+        if self.replace or not self.locked:
             self._lock()                                  # of a folder that is new
+            if (self.folder / "settings.json").exists():  # not so new: another one was faster
+                self._compare(read_json(self.folder / "settings.json"))
         if first():
             # First of all, so that a kill leaves nothing that looks like somebody else's folder.
             write_json(self.folder / "settings.json",

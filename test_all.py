@@ -852,11 +852,68 @@ def test_what_would_act_inside_a_skipped_block_is_refused_in_one_line(stock_pipe
     assert adapter.delta is None
 
 
+def test_a_path_ends_after_its_steps(stock_pipe, adapter):
+    """Image-to-image begins at a smaller sigma. With the embeddings of the call before, handed in
+    again, nothing but the number of steps tells it from a third step."""
+    net = stock_pipe.transformer
+    x, (embeds, pooled) = inputs(net)
+
+    def call(timestep):
+        return net(hidden_states=x, encoder_hidden_states=embeds, pooled_projections=pooled,
+                   timestep=torch.full((2,), timestep), return_dict=False)[0]
+    with torch.no_grad():
+        _, reused, other = call(1000.0), call(750.0), call(400.0)
+        adapter.remove()
+        assert torch.equal(other, call(400.0)) and not torch.equal(reused, call(750.0))
+
+
 def test_a_second_cache_on_one_model_is_refused(stock_pipe, adapter):
-    """Catches two caches whose removal leaves one of them behind."""
+    """Catches two caches whose removal leaves one of them behind, and one that does nothing."""
+    net = stock_pipe.transformer
     with pytest.raises(ValueError, match="has a cache already"):
-        BlockCache(stock_pipe.transformer, (2, 3))
-    assert stock_pipe.transformer.forward is adapter
+        BlockCache(net, (2, 3))
+    assert net.forward is adapter
+    adapter.remove()
+    adapter.remove()
+    BlockCache(net, (2, 3)).remove()
+    assert not {"forward", "_block_cache"} & net.__dict__.keys()
+    with pytest.raises(ValueError, match="not Linear"):
+        BlockCache(torch.nn.Linear(1, 1), (2, 3))
+
+
+@pytest.mark.parametrize("order", ["hook, cache", "cache, hook", "hook, cache, unhook"])
+def test_the_adapter_goes_together_with_the_hooks_of_offloading(stock_pipe, order):
+    """accelerate puts a forward of its own on a network, which moves weights and inputs. Catches a
+    cache that takes its place, or is wrapped and then cannot be found again."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    net, (x, (embeds, pooled)) = stock_pipe.transformer, inputs(stock_pipe.transformer)
+    seen = []
+
+    class Count(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    def path():
+        with torch.no_grad():
+            return [net(hidden_states=x, encoder_hidden_states=embeds, pooled_projections=pooled,
+                        timestep=torch.full((2,), t), return_dict=False)[0] for t in (1000., 750.)]
+    stock = path()
+    for what in order.split(", "):
+        if what == "hook":
+            hooks.add_hook_to_module(net, Count())
+        elif what == "cache":
+            cached = BlockCache(net, (1, 4))
+        else:
+            hooks.remove_hook_from_module(net)
+    first, second = path()
+    assert torch.equal(first, stock[0]) and not torch.equal(second, stock[1])
+    assert len(seen) == (0 if "unhook" in order else 2)
+    cached.remove()
+    assert torch.equal(path()[1], stock[1]) and len(seen) == (0 if "unhook" in order else 4)
+    hooks.remove_hook_from_module(net)
+    assert "_block_cache" not in net.__dict__ and torch.equal(path()[1], stock[1])
+    net.__dict__.pop("forward", None)
 
 
 # ================================================================== the samplers
@@ -1274,19 +1331,20 @@ def test_every_switch_of_stage_one_trains(options, tmp_path):
 
 @pytest.fixture(scope="session")
 def small_sd3(tmp_path_factory):
-    """SD3-Medium's pipeline, three text encoders and 16 latent channels, of three blocks and
-    reduced width, with random weights, on disk."""
-    from tiny.make_teacher import make_tokenizer
+    """SD3-Medium's pipeline in the layout of the hub: T5 and both CLIPs with their own kinds of
+    tokenizers (77 + 256 tokens), 16 latent channels; three blocks of small width, random."""
+    from tools.random_model import clip_tokenizer, t5_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
     folder = tmp_path_factory.mktemp("models") / "small-sd3"
-    tokenizer = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    words, end = len(tokenizer), tokenizer.eos_token_id
+    tokenizer = clip_tokenizer(tmp_path_factory.mktemp("clip") / "tokenizer")
+    tokenizer_3 = t5_tokenizer()
     torch.manual_seed(0)
     clips = [CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=words, hidden_size=16, intermediate_size=16, projection_dim=16, eos_token_id=end,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8)) for _ in range(2)]
-    t5 = T5EncoderModel(T5Config(vocab_size=words, d_model=32, d_ff=32, num_layers=1, num_heads=2,
-                                 d_kv=8))
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, projection_dim=16,
+        eos_token_id=tokenizer.eos_token_id, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=77)) for _ in range(2)]
+    t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer_3), d_model=32, d_ff=32, num_layers=1,
+                                 num_heads=2, d_kv=8))
     transformer = SD3Transformer2DModel(**{
         **model.PRESETS["sd3-medium"].architecture, "sample_size": 8, "num_layers": 3,
         "num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 32,
@@ -1298,7 +1356,7 @@ def small_sd3(tmp_path_factory):
     StableDiffusion3Pipeline(
         transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=clips[0], text_encoder_2=clips[1], text_encoder_3=t5, tokenizer=tokenizer,
-        tokenizer_2=tokenizer, tokenizer_3=tokenizer).save_pretrained(folder)
+        tokenizer_2=tokenizer, tokenizer_3=tokenizer_3).save_pretrained(folder)
     shutil.copytree(TINY.discriminator, folder / "discriminator_backbone")
     return folder
 
