@@ -37,7 +37,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from run import (UserError, any_process, content_of, first, load_whole, processes, rng,
+from run import (UserError, any_process, content_of, first, leaving, load_whole, processes, rng,
                  save_tensors, save_whole, whole_state)
 from cache import CachedSD3, check_span
 
@@ -279,7 +279,15 @@ def pick_device(name=None):
     if name and name not in there:
         raise UserError(f"--device {name}: this PyTorch finds no such device; there is "
                         f"{', '.join(there)}")
-    return torch.device(name or there[0])
+    device = torch.device(name or there[0])
+    if device.type == "cuda":
+        # fp32 products in TF32 (the VAE's and f's; the networks' are bf16), and the fastest
+        # convolutions, found by trial. What they were before comes back at the end.
+        leaving.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        leaving.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    return device
 
 
 # ================================================================== the transformer

@@ -8,6 +8,12 @@ The second tries each span of the wanted width: step two with the span's Δ0 reu
 f, against step two in full. The span with the smallest error is proposed. Not here: the cache
 (cache.py) and the training of f, which makes the error smaller still (train_stage2.py).
 
+The paper plots a "reuse error" and does not define it. --error chooses between two readings [ours]:
+squared    blocks: mean squared change; spans: |v_reused − v|₂ ÷ |v|₂ of step two's velocity
+l1         blocks: Σ|change| ÷ Σ|residual of step one|, the relative L1 distance that the authors
+           plot elsewhere (X-Slim, arXiv 2512.12604); spans: the same with L1 norms
+Squared, a block with large residuals looks bad although its change may be small beside them.
+
 Dimension key: B batch, C latent channels, H W latent size, N image tokens, L text tokens, D width.
 """
 
@@ -27,6 +33,8 @@ from sampler import (cached_velocity, image_noise, load_student, read_recipe, ro
 class Settings:
     checkpoint: str = option(None, "run folder whose student is measured")
     nfe: float = option(1.67, "wanted network evaluations of two steps", low=1, high=2)
+    error: str = option("squared", "how a change is measured: mean square, or relative L1 distance",
+                        choices=("squared", "l1"))
     samples: int = option(64, "roll-outs to measure on", low=1, high=100_000)
     batch_size: int = option(16, "roll-outs at a time", low=1)
     seed: int = option(7, "seed of their noises and prompts", low=0, high=2**31 - 1)
@@ -58,17 +66,17 @@ def block_residuals(student, x, sigma, prompt):
     return residuals
 
 
-def reuse_errors(student, x0, x1, prompt, sigmas):
-    """{"image": [blocks], "text": [blocks − 1]}: mean squared change of each block's own residual
-    from step one (x0 at sigmas[0]) to step two (x1 at sigmas[1]). The paper plots a "reuse error"
-    for each block but does not define it: this definition is ours."""
+def reuse_errors(student, x0, x1, prompt, sigmas, error="squared"):
+    """{"image": [blocks], "text": [blocks − 1]}: change of each block's own residual from step one
+    (x0 at sigmas[0]) to step two (x1 at sigmas[1]), by one of ERRORS."""
+    change = ERRORS[error]
     one = block_residuals(student, x0, sigmas[0].item(), prompt)
     two = block_residuals(student, x1, sigmas[1].item(), prompt)
     errors = {"image": [], "text": []}
     for (image, text), (image_later, text_later) in zip(one, two, strict=True):
-        errors["image"].append(mean_square(image_later, image))
+        errors["image"].append(change(image_later, image))
         if text is not None:
-            errors["text"].append(mean_square(text_later, text))
+            errors["text"].append(change(text_later, text))
     return errors
 
 
@@ -77,16 +85,26 @@ def mean_square(a, b):
     return (a.float() - b.float()).square().mean().item()
 
 
-def span_errors(student, spans, x0, x1, prompt, sigmas):
+def relative_l1(a, b):
+    """Σ|a − b| ÷ Σ|b| of two tensors, a number: the change as a share of what was there before."""
+    a, b = a.float(), b.float()
+    return ((a - b).abs().sum() / b.abs().sum()).item()
+
+
+ERRORS = {"squared": mean_square, "l1": relative_l1}      # of a block's residual, --error
+
+
+def span_errors(student, spans, x0, x1, prompt, sigmas, error="squared"):
     """For each span the relative error |v_reused − v| / |v| of the second step's velocity when the
-    span's Δ0 is reused as it is."""
+    span's Δ0 is reused as it is; |·| is the Euclidean norm, or L1 with error="l1"."""
+    norm = 1 if error == "l1" else 2
     sigma_0, sigma_1 = sigmas[0].item(), sigmas[1].item()
     full = velocity(student, x1, sigma_1, prompt)                         # B×C×H×W
     errors = []
     for span in spans:
         _, delta = cached_velocity(student, x0, sigma_0, prompt, span)
         reused, _ = cached_velocity(student, x1, sigma_1, prompt, span, delta)
-        errors.append(((reused - full).norm() / full.norm()).item())
+        errors.append(((reused - full).norm(norm) / full.norm(norm)).item())
     return errors
 
 
@@ -99,8 +117,8 @@ def measure(student, prompts, spans, settings, shape, sigmas):
         prompt = prompts.take(part)
         latents, _, _ = roll_out(student, x0, prompt, sigmas[:2])
         x1 = latents[1]                                   # where the student itself has come to
-        found = reuse_errors(student, x0, x1, prompt, sigmas)
-        found["span"] = span_errors(student, spans, x0, x1, prompt, sigmas)
+        found = reuse_errors(student, x0, x1, prompt, sigmas, settings.error)
+        found["span"] = span_errors(student, spans, x0, x1, prompt, sigmas, settings.error)
         weight = len(part) / settings.samples             # the last part may be smaller
         for name, values in found.items():
             total[name] = total[name] + weight * torch.tensor(values)
@@ -109,21 +127,26 @@ def measure(student, prompts, spans, settings, shape, sigmas):
 
 # ================================================================== tables and plot
 
-def print_tables(errors, spans, best, blocks):
+NAMES = {"squared": "mean squared change of the block's residual",
+         "l1": "relative L1 change of the block's residual"}
+
+
+def print_tables(errors, spans, best, blocks, error="squared"):
     """The error of each block and of each span."""
-    print("block   image error   text error    (mean squared change of the block's residual)")
+    print(f"block   image error   text error    ({NAMES[error]})")
     for i, image in enumerate(errors["image"]):
         text = f"{errors['text'][i]:13.4f}" if i < len(errors["text"]) else ""
         print(f"{i:5}{image:14.4f}{text}")
     width = best[1] - best[0] + 1
-    print(f"\nspans of {width} blocks, {nfe(2, best, blocks):.3f} NFE, relative error of the "
+    norm = "relative L1 error" if error == "l1" else "relative error"
+    print(f"\nspans of {width} blocks, {nfe(2, best, blocks):.3f} NFE, {norm} of the "
           "second step when Δ0 is reused as it is")
     for span, error in zip(spans, errors["span"], strict=True):
         mark = "  <- proposed" if span == best else ""
         print(f"{span[0]:5}-{span[1]:<4}{error:8.4f}{mark}")
 
 
-def plot(errors, best, out):
+def plot(errors, best, out, error="squared"):
     """The errors of the blocks as a picture, if matplotlib is installed."""
     try:
         import matplotlib
@@ -137,7 +160,7 @@ def plot(errors, best, out):
         axes.semilogy(errors[stream], "o-", label=f"{stream} stream")
     axes.axvspan(best[0] - 0.5, best[1] + 0.5, alpha=0.15,
                  label=f"proposed span {best[0]}-{best[1]}")
-    axes.set(xlabel="block", ylabel="reuse error")
+    axes.set(xlabel="block", ylabel=f"{NAMES[error]}\n(low is good)")
     axes.legend()
     figure.tight_layout()
     figure.savefig(out, dpi=120)
@@ -167,8 +190,8 @@ def main(argv):
     errors = measure(student, prompts, spans, settings, recipe["latent_shape"],
                      sigma_grid(recipe["steps"]))
     best = spans[errors["span"].index(min(errors["span"]))]
-    print_tables(errors, spans, best, blocks)
-    plot(errors, best, settings.out)
+    print_tables(errors, spans, best, blocks, settings.error)
+    plot(errors, best, settings.out, settings.error)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def lines_of(folder):
 def assert_same_student(one, other):
     """Fails unless two run folders hold the same student, bit for bit."""
     one, other = weights(one), weights(other)
-    assert one.keys() == other.keys() and len(one) > 100
+    assert one.keys() == other.keys() and len(one) > 90
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
