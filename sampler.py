@@ -1,7 +1,8 @@
 r"""Sampling: the sigma grids, the 1.67-step sampler, the teacher's guided sampler, the NFE meter,
 and pictures from a run.
 
-    python sampler.py --checkpoint runs/tiny-stage2 --prompt "a red circle" --num-images 16
+    python sampler.py --prompt "a red circle" --num-images 16      # at once, without training
+    python sampler.py --checkpoint runs/tiny-stage2 --prompts FILE
     python sampler.py --nfe-table                  # network evaluations of every model and span
 
 The grid and the Euler step here are the ones that training uses and that the stock pipeline
@@ -28,6 +29,7 @@ from model import (PRESETS, Decoder, Prompts, add_lora, base_content, call_netwo
                    parse_span, pick_device, variant, velocity)
 
 TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
+COMMITTED = str(Path(__file__).resolve().parent / "tiny" / "student")    # the default runs' result
 
 
 # ================================================================== grids and noise
@@ -424,7 +426,8 @@ def save_pictures(pictures, path, columns):
 @dataclasses.dataclass
 class Settings:
     checkpoint: str = option(
-        None, "run folder of train_stage1.py or train_stage2.py, finished or not")
+        None, "run folder of train_stage1.py or train_stage2.py, finished or not (default: "
+              "runs/tiny-stage2 or, before it is trained, the committed tiny/student)")
     model: str = option(None, "where the base model is now, if it has moved")
     prompt: str = option(None, "one prompt")
     prompts: str = option(None, "file of prompts: text, one a line, or JSON lines with \"prompt\"")
@@ -445,7 +448,9 @@ def main(argv):
         print(nfe_table())
         return
     if not settings.checkpoint:
-        raise UserError("--checkpoint RUN is needed, for instance runs/tiny-stage1")
+        settings.checkpoint = "runs/tiny-stage2"
+        if not Path(settings.checkpoint, "distill.json").exists():
+            settings.checkpoint = COMMITTED               # a result to start from
     if Path(settings.out).suffix != ".png" or Path(settings.out).is_dir():
         raise UserError(f"--out {settings.out}: give a file name that ends in .png")
     if settings.prompt and settings.prompts:

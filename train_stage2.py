@@ -74,12 +74,12 @@ class Settings(CommonSettings):
 # Two recipes, side by side. Every option above whose default is None takes its value from here; the
 # span belongs to the base model (model.PRESETS).
 TINY = dict(                    # [ours] all by trial, so that a laptop does it in three minutes
-    iterations=600,
+    iterations=700,
     batch_size=32,
     student_lr=2e-5,            # the official rate is for LoRA; all weights here
     compensation_lr=3e-4,       # at 1e-3 f itself collapses the scenes
-    discriminator_lr=2e-3,      # by trial; its heads have a seventh of the turns to learn in
-    warmup=150,                 # of them 33 are G's
+    discriminator_lr=2e-3,      # by trial; its heads have a sixth of the turns to learn in
+    warmup=90,                  # of them 13 are G's
     pool=24,                    # all captions of the miniature world
     checkpoint_every=300,
     sample_every=200,
@@ -122,8 +122,8 @@ def resolve(settings):
     fill_in(settings, {"cached_blocks": preset.cached_blocks})
     if settings.discriminator is None:
         not_shadowed(preset.discriminator, "--discriminator")
-        settings.discriminator = preset.discriminator
-    preset = dataclasses.replace(preset, discriminator=settings.discriminator)
+    else:
+        preset = dataclasses.replace(preset, discriminator=settings.discriminator)
     settings.model = preset.name                          # a folder's path from anywhere
     short = Path(preset.name).name
     settings.init = settings.init or f"runs/{short}-stage1"
@@ -311,7 +311,7 @@ def main(argv):
     # What a resumed run must find again, though it may lie elsewhere.
     resolved["model_content"] = base_content(preset)
     resolved["prompts_content"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    resolved["discriminator_content"] = content_of(settings.discriminator)
+    resolved["discriminator_content"] = content_of(preset.discriminator)
     resolved["init_content"] = student_content(settings.init)
     if is_run(settings.reference):
         resolved["reference_content"] = student_content(settings.reference)
@@ -453,7 +453,7 @@ def stage2_recipe(settings, preset, init, span, f, blocks):
     """The content of distill.json: Stage I's recipe, and which blocks are skipped."""
     shape, size = init["latent_shape"], init.get("resolution")
     recipe = recipe_of(preset, 2, init["steps"], init["alpha"], init["guidance"], shape, size)
-    recipe["init"] = str(Path(settings.init).resolve())
+    recipe["init"] = Path(settings.init).resolve().name
     recipe["lora_rank"] = settings.lora_rank
     if span:
         recipe["cached_blocks"] = settings.cached_blocks

@@ -9,6 +9,7 @@ docstring says which mistake the test would catch.
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import itertools
@@ -842,6 +843,18 @@ def test_sampler_uses_the_cache_of_a_run_unless_told_not_to(
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
 
 
+def test_sampler_makes_a_picture_without_a_training(tmp_path, monkeypatch, capsys):
+    """The committed student, 1.67 evaluations; the exact reader reads what it drew. Catches a result
+    to start from that does not fit its code."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(sampler, "save_pictures", lambda pictures, *a: seen.append(pictures))
+    sampler.main(["--prompt", "a green cross", "--num-images", "16"])
+    assert "16 images, 1.667 network evaluations each" in capsys.readouterr().out
+    read = world.measure(seen[0], torch.full((16,), world.CAPTIONS.index("a green cross")))
+    assert read["correct"].sum() >= 14
+
+
 def test_sampler_shows_a_row_for_each_prompt_of_a_file(finished, tmp_path):  # noqa: F811
     """Each row's noises are its own, whatever the batch size; catches a picture under another
     prompt's row."""
@@ -1518,7 +1531,7 @@ BAD_INPUT = [
     ("--model FOLDER/other", "FOLDER/other is no pipeline folder: it has no transformer/config"),
     ("--model ./misspelt/folder", "there is no model ./misspelt/folder"),
     ("--model nobody/nothing", "--model tiny needs no download"),
-    ("sampler.py", "--checkpoint RUN is needed"),
+    ("sampler.py --out grid.jpg", "give a file name that ends in .png"),
     ("sampler.py --checkpoint FOLDER/nowhere", "there is no run folder"),
     ("sampler.py --checkpoint FOLDER/other", "distill.json is missing"),
     ("sampler.py --checkpoint FOLDER/good", "holds neither student/ nor a checkpoint yet"),
@@ -1550,6 +1563,27 @@ BAD_INPUT = [
     ("tools/find_span.py", "--checkpoint RUN is needed"),
     ("tools/find_span.py --checkpoint FOLDER/good --nfe 3", "--nfe must be at most 2"),
     ("tools/find_span.py --checkpoint FOLDER/one", "has one step"),
+    ("tools/find_span.py --checkpoint FOLDER/good --error l2", "must be one of squared, l1"),
+    ("tools/find_alpha.py --levels 0.9 half", "--levels must be numbers, not 'half'"),
+    ("tools/find_alpha.py --levels 0.9 1", "--levels must lie between 0 and 1, not 1"),
+    ("tools/find_alpha.py --levels nan 0.5", "--levels must lie between 0 and 1, not nan"),
+    ("tools/find_alpha.py --levels 0.9 0.90", "--levels needs two different levels"),
+    ("tools/find_alpha.py --guidance 1", "--guidance must be more than 1"),
+    ("tools/find_alpha.py --out FOLDER/file", "is a file; give a folder"),
+    ("tools/find_alpha.py --model FOLDER/other", "is no pipeline folder"),
+    ("tools/curves.py", "name a run folder, for instance runs/tiny-stage1"),
+    ("tools/curves.py FOLDER/nowhere", "FOLDER/nowhere holds no metrics.jsonl"),
+    ("tools/curves.py --run FOLDER/good FOLDER/other", "FOLDER/good holds no metrics.jsonl"),
+    ("tools/figures.py", "--stage1: there is no run runs/tiny-stage1; python train_stage1.py"),
+    ("tools/figures.py --only cake", "--only must be one of paths, collapse, guidance, cache"),
+    ("tools/figures.py --stage1 FOLDER/good --stage2 FOLDER/nowhere --only paths",
+     "no run FOLDER/nowhere; python train_stage2.py --out FOLDER/nowhere makes it"),
+    ("tools/figures.py --stage1 FOLDER/one --only guidance", "is no run of Stage 1 of the mini"),
+    ("tools/figures.py --stage1 FOLDER/good --plain FOLDER/foreign --only collapse",
+     "is no run of Stage 1 of the miniature with two steps"),
+    ("tools/figures.py --stage1 FOLDER/good --stage2 FOLDER/two --only cost", "has no cache"),
+    ("tools/figures.py --stage1 FOLDER/good --only guidance --more FOLDER/foreign",
+     "--more FOLDER/foreign is no run of the miniature"),
     ("tools/benchmark.py --rounds 0", "--rounds must be at least 1"),
     ("tools/benchmark.py --cached-blocks 5-2", "span 5-2 is reversed"),
     ("tools/benchmark.py --resolution 20", "--resolution 20"),
@@ -1587,7 +1621,7 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(
 
 COMMANDS = ("train_stage1.py", "train_stage2.py", "sampler.py", "evaluate.py",
             "tools/benchmark.py", "tools/find_span.py", "tools/random_model.py", "tools/claims.py",
-            "tiny/make_teacher.py")
+            "tools/curves.py", "tools/figures.py", "tools/find_alpha.py", "tiny/make_teacher.py")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -1820,3 +1854,291 @@ def test_nothing_unpickles_or_runs_foreign_code():
                      "allow_pickle", "trust_remote_code", "shell=True", "os.system", "eval(",
                      "exec(", "marshal", "__import__"):
             assert word not in text, f"{name}: {word}"
+
+
+# ----------------------------------------------------------------------------- --error of find_span
+
+def test_the_relative_change_of_a_block_does_not_grow_with_its_residual(teacher):  # noqa: F811
+    """By hand, and by scale: the squared change of a block that adds twice as much is four times as
+    large, its relative L1 change is the same. Catches norms of the wrong order or the later step
+    below the line; and a default that is no longer the mean square."""
+    from tools import find_span
+    before, after = torch.tensor([1.0, -2.0, 4.0]), torch.tensor([2.0, -2.0, 1.0])
+    assert find_span.mean_square(after, before) == pytest.approx(10 / 3)
+    assert find_span.relative_l1(after, before) == pytest.approx(4 / 7)
+    for name, factor in (("squared", 9), ("l1", 1)):
+        change = find_span.ERRORS[name]
+        assert change(3 * after, 3 * before) == pytest.approx(factor * change(after, before))
+    assert find_span.Settings().error == "squared"
+
+    x = sampler.image_noise(0, range(2), (4, 8, 8))
+    prompt = model.encode_prompts(TINY, world.CAPTIONS[:2], "cpu")
+    sigmas = torch.tensor([1.0, 0.75])
+    with torch.no_grad():
+        default = find_span.reuse_errors(teacher, x, 0.9 * x, prompt, sigmas)
+        squared = find_span.reuse_errors(teacher, x, 0.9 * x, prompt, sigmas, "squared")
+        relative = find_span.reuse_errors(teacher, x, 0.9 * x, prompt, sigmas, "l1")
+        spans = [find_span.span_errors(teacher, [(2, 4)], x, 0.9 * x, prompt, sigmas, name)[0]
+                 for name in ("squared", "l1")]
+        one = find_span.block_residuals(teacher, x, 1.0, prompt)[5][0]
+        two = find_span.block_residuals(teacher, 0.9 * x, 0.75, prompt)[5][0]
+    assert default == squared != relative
+    assert relative["image"][5] == pytest.approx(((two - one).abs().sum() / one.abs().sum()).item())
+    assert spans[0] != spans[1] and all(0 < error < 5 for error in spans)
+
+
+def test_the_span_finder_says_which_error_it_prints(
+        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Catches a table of one error under the other's name."""
+    from tools import find_span
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for error, block, span in (("squared", "(mean squared change", "NFE, relative error"),
+                               ("l1", "(relative L1 change", "NFE, relative L1 error")):
+        find_span.main(["--checkpoint", str(finished), "--samples", "2", "--error", error,
+                        "--out", str(tmp_path / "plot.png")])
+        out = capsys.readouterr().out
+        assert block in out and span in out and out.count("<- proposed") == 1
+
+
+# ----------------------------------------------------------------------------- find_alpha.py
+
+def test_spread_and_diversity_are_the_standard_deviations_that_they_say():
+    """In two batches, against torch's own. Catches a mean over the wrong dimension and a batch that
+    is counted as if it were all."""
+    from tools import find_alpha
+    x0 = seeded(0, 12, 2, 3, 3) + 5 * seeded(1, 4, 2, 3, 3).repeat(3, 1, 1, 1)
+    owner = torch.arange(12) % 4
+    moments = find_alpha.Moments(4, (2, 3, 3))
+    moments.add(x0[:5], owner[:5])
+    moments.add(x0[5:], owner[5:])
+    assert moments.spread() == pytest.approx(x0.std(correction=0).item(), rel=1e-5)
+    by_prompt = x0.reshape(3, 4, 2, 3, 3)                             # of prompt j mod 4
+    within = by_prompt.var(0).mean().sqrt().item()
+    assert moments.within() == pytest.approx(within, rel=1e-5)
+    assert moments.within() < 1.3 < moments.spread()                  # the prompts lie far apart
+
+
+def test_guidance_takes_from_the_share_of_a_prompt_at_high_noise_alone(
+        tmp_path, monkeypatch, capsys):
+    """On the true teacher, few samples. Catches the sign of the guidance, x̂0 of another level, and
+    a result that depends on the batch size."""
+    from tools import find_alpha
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    tables = []
+    for size in ("12", "5"):
+        find_alpha.main(["--levels", "0.5", "0.96", "0.8", "--samples-per-prompt", "3", "--steps",
+                         "3", "--prompts-used", "4", "--batch-size", size, "--out", str(tmp_path)])
+        out = capsys.readouterr().out
+        rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", out, re.M)
+        tables.append([[float(cell) for cell in row] for row in rows])
+    assert np.allclose(*tables, atol=2e-3)
+    assert [row[0] for row in tables[0]] == [0.96, 0.8, 0.5]          # falling, however asked for
+    spreads = [row[1] for row in tables[0]]
+    assert spreads[0] > spreads[1] > spreads[2] > 1                   # guidance spreads out
+    assert all(share == pytest.approx(within / spread, abs=2e-3)
+               for _, spread, within, share in tables[0])
+    assert tables[0][0][3] < 0.9 < tables[0][2][3]
+    assert "proposed α: 0." in out and "pip install matplotlib" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["alpha.md"]
+    assert "proposed α" in (tmp_path / "alpha.md").read_text()
+
+
+def test_alpha_is_proposed_where_half_of_the_loss_is_made_up():
+    """By hand, with a harmless level above a collapsing one, where nothing collapses, and where all
+    does. Catches the first crossing from above instead of the last."""
+    from tools import find_alpha
+
+    def rows(*shares):
+        return [{"sigma": 0.9 - 0.1 * i, "spread": 2, "within": 2 * share, "share": share}
+                for i, share in enumerate(shares)]
+    alpha, reason = find_alpha.propose(rows(0.6, 0.7, 0.9, 1.0))      # half: 0.8, between 0.8, 0.7
+    assert alpha == pytest.approx(0.75) and "σ = 0.9 (share 0.60)" in reason
+    assert find_alpha.crossing(rows(0.6, 1.0, 0.7, 0.9), 0.8) == pytest.approx(0.65)
+    assert find_alpha.propose(rows(1.0, 0.99, 1.1))[0] is None
+    alpha, reason = find_alpha.propose(rows(0.6, 0.65, 0.7))
+    assert alpha == pytest.approx(0.7) and "ask at lower ones" in reason
+
+
+def test_alpha_is_drawn_where_matplotlib_is_installed(tmp_path):
+    """With and without a proposal. Catches a plot that fails after the measuring."""
+    pytest.importorskip("matplotlib")
+    from tools import find_alpha
+    rows = [{"sigma": 0.9, "spread": 2.0, "within": 1.4, "share": 0.7},
+            {"sigma": 0.5, "spread": 1.1, "within": 1.2, "share": 1.05}]
+    for alpha in (0.8, None):
+        find_alpha.plot(rows, alpha, "title", tmp_path / "alpha.png")
+        assert (tmp_path / "alpha.png").stat().st_size > 1000
+        (tmp_path / "alpha.png").unlink()
+
+
+# ----------------------------------------------------------------------------- curves.py
+
+def test_curves_are_drawn_from_what_a_run_logs(finished2, tmp_path, capsys):  # noqa: F811
+    """By the command, of a Stage II run of the tests. Catches a quantity in no panel, or in two."""
+    pytest.importorskip("matplotlib")
+    from tools import curves
+    log = curves.read_log(finished2)
+    drawn = [name for _, _, names in curves.grouped(log) for name in names]
+    assert len(drawn) == len(set(drawn))
+    assert set(drawn) == {name for name, (iterations, _) in log.items() if len(iterations) > 1}
+    shutil.copy(finished2 / "metrics.jsonl", tmp_path)
+    curves.main([str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+def test_a_quantity_is_drawn_in_the_panel_of_its_kind():
+    """Catches gradient norms among the losses, and a quantity of tomorrow that nobody sees."""
+    from tools import curves
+    names = ("loss_fake", "loss_d", "gap", "gap_0.94_1", "x0_std", "norm_g", "grad_norm_fake",
+             "updates_g", "d_ranks", "tomorrow")
+    panels = {name: (title, axis) for title, axis, group in curves.grouped(
+        {name: ([1, 2], [0.5, 0.4]) for name in names}) for name in group}
+    assert panels["gap"] == panels["gap_0.94_1"] != panels["loss_fake"] != panels["loss_d"]
+    assert panels["norm_g"] == panels["grad_norm_fake"] != panels["updates_g"]
+    assert panels["tomorrow"][0] == "other" and panels.keys() == set(names)
+    assert all("good" in axis or "direction" in axis for _, axis, _ in
+               [(title, axis, None) for title, _, axis in curves.PANELS])
+    assert curves.smooth([1.0] * 50) == [1.0] * 50
+    assert curves.smooth(list(map(float, range(40))))[20] == 20
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"5\n[]\n{}\nnull\n", b'{"iteration": 1, "loss_fake": 0.5}\n', b"\xff\xfe\x00" * 50,
+    b'{"iteration": 1, "a": 1}\n{"iteration": 2, "a": NaN}\n{"iteration": 3, "a": Infin',
+    b'{"iteration": "one", "a": 1}\n{"iteration": true, "a": 2}\n{"a": 3}\n',
+    b'{"iteration": 1, "a": true}\n{"iteration": 2, "a": "x"}\n{"iteration": 3, "a": [1]}\n',
+    b'{"iteration": 1, "a": 1' + b"0" * 400 + b'}\n{"iteration": 2, "a": 1}\n', b"[" * 100_000])
+def test_a_log_without_a_curve_is_passed_over_in_silence(text, tmp_path, capsys):
+    """draw() ends hours of training: it may draw nothing, but never raise; catches each way in
+    which a log is short, odd or cut."""
+    from tools import curves
+    assert curves.draw(tmp_path / "nowhere") is None                  # this alone it tells
+    capsys.readouterr()
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    assert curves.draw(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert not capsys.readouterr().err
+
+
+def test_a_cut_log_is_drawn_up_to_its_cut_and_without_matplotlib_not_at_all(
+        tmp_path, monkeypatch, capsys):
+    """A last line cut in the middle, null in a bin. Catches a draw() that raises at the end of a
+    training on a machine without matplotlib, and a full disk."""
+    from tools import curves
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"iteration": 5, "gap": 0.5, "gap_0_0.5": null}\n{"iteration": 10, "gap": 0.4}\n'
+        '{"iteration": 15, "gap": 0.')
+    assert curves.read_log(tmp_path) == {"gap": ([5, 10], [0.5, 0.4])}
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        assert curves.draw(tmp_path) is None
+        assert "the curves need matplotlib" in refused(curves, [tmp_path], capsys)
+    pytest.importorskip("matplotlib")
+    with monkeypatch.context() as full:
+        full.setattr(curves, "replace_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        assert curves.draw(tmp_path) is None and "full" in capsys.readouterr().err
+    assert curves.draw(tmp_path) == tmp_path / "curves.png"
+
+
+# ----------------------------------------------------------------------------- figures.py
+
+def test_the_share_of_guided_draws_is_that_of_the_levels_that_are_drawn():
+    """The picture computes what losses.draw_sigma draws. Catches another window, another curve, or
+    α compared the other way."""
+    from losses import draw_sigma, importance_curve
+    from tools import figures
+    curve, k = importance_curve("official"), torch.ones(20_000)
+    for high, low in ((1.0, 0.75), (0.75, 0.0)):
+        sigma, probability = figures.window_probability(curve, high, low)
+        drawn = draw_sigma(torch.rand(20_000, generator=run.rng(0, "test")), high * k, low * k,
+                           curve)
+        share = probability[sigma <= 0.94].sum().item()
+        assert probability.sum().item() == pytest.approx(1)
+        assert share == pytest.approx((drawn <= 0.94).float().mean().item(), abs=0.01)
+        assert drawn.max() <= sigma.max() and drawn.min() >= sigma.min()
+
+
+def test_shares_of_scenes_are_counted_caption_by_caption():
+    """On drawn pictures of known scenes. Catches captions and pictures in another order, which
+    would mix a collapse away."""
+    from tools import figures
+    captions = torch.arange(24).repeat_interleave(2)
+    template, colour, _ = world.sample_labels(48, run.rng(0, "test"), captions)
+    scene = captions % 4
+    scene[0] = 3                                          # of caption 0 one picture is at dusk
+    shares, entropy = figures.scene_shares(world.draw(template, colour, scene), captions)
+    assert shares[0].tolist() == [0.5, 0, 0, 0.5] and shares[6].tolist() == [0, 0, 1, 0]
+    assert entropy == pytest.approx(math.log(2) / 24, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def few_pictures(finished, finished2, tmp_path_factory):  # noqa: F811
+    """The five pictures of the tests' runs, which are hardly trained, and what was printed."""
+    pytest.importorskip("matplotlib")
+    from tools import figures
+    out, patch = tmp_path_factory.mktemp("pictures"), pytest.MonkeyPatch()
+    patch.setattr(figures, "teacher_sigmas", lambda _: sampler.sigma_grid(28)[[0, 3, 20, 28]])
+    patch.setattr(figures, "SHOWN", (0, 1, 2))
+    real_time = figures.time_paths
+    patch.setattr(figures, "time_paths", lambda bench, rows: real_time(bench, rows, 1, 1))
+    patch.setattr(figures, "block_changes", functools.partial(figures.block_changes, samples=2))
+    runs = ["--stage1", finished, "--plain", finished, "--stage2", finished2,
+            "--f-alone", finished2, "--more", finished]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        figures.main([str(word) for word in (*runs, "--samples-per-prompt", "2", "--out", out)])
+    patch.undo()
+    return out, printed.getvalue()
+
+
+def test_all_pictures_are_drawn_and_small(few_pictures):
+    """Catches a picture that fails after the sampling, and one that is too large for a page."""
+    from tools import figures
+    out, printed = few_pictures
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        f"{name}.png" for name in figures.PICTURES)
+    assert printed.split() == [str(out / f"{name}.png") for name in figures.PICTURES]
+    for path in out.iterdir():
+        assert 5_000 < path.stat().st_size < 500_000, path.name
+
+
+def test_the_paths_end_where_the_samplers_end_and_count_what_they_count(
+        finished, finished2):  # noqa: F811
+    """The last guess of a path is the sample, and its evaluations are the sampler's. Catches a path
+    of its own beside the one that is used, and a guided step that counts as one."""
+    from tools import figures
+    settings = figures.Settings(stage1=str(finished), stage2=str(finished2))
+    bench = figures.Bench(settings)
+    noise, prompt = sampler.image_noise(3, [0], (4, 8, 8)), bench.prompts.take([0])
+    sigmas = sampler.sigma_grid(28)[[0, 3, 20, 28]]       # 1, 0.96, 0.55, 0
+    for w, alpha in ((1.0, 1.0), (4.0, 1.0), (4.0, 0.94)):
+        path = figures.teacher_path(bench, noise, prompt, sigmas, w, alpha)
+        with torch.no_grad():
+            latents, passes = sampler.sample_guided(bench.teacher, noise, prompt,
+                                                    bench.prompts.uncond(1), sigmas, w, alpha)
+            assert torch.allclose(path[-1][1], bench.decode(latents)[0], atol=1e-4)
+        assert path[-1][2] == passes == {1.0: 3, 4.0: 6 if alpha == 1 else 4}[w]
+        assert [guided for *_, guided in path] == [w > 1 and s <= alpha for s in sigmas[:-1]]
+    student, span, f = bench.run("stage2")
+    path = figures.student_path(bench, noise, prompt, student, span, f)
+    with torch.no_grad():
+        latents, _, _ = sampler.roll_out(student, noise, prompt, bench.two, span, f)
+        assert torch.allclose(path[-1][1], bench.decode(latents[-1])[0], atol=1e-4)
+    assert [spent for _, _, spent, _ in path] == [1, pytest.approx(5 / 3)]
+
+
+def test_the_pictures_without_matplotlib_are_one_line(
+        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Before anything is sampled. Catches minutes that end in an ImportError."""
+    from tools import figures
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(figures, "Bench", None)
+    monkeypatch.chdir(tmp_path)
+    error = refused(figures, ["--stage1", finished, "--only", "guidance"], capsys)
+    assert error == "error: the pictures need matplotlib: pip install matplotlib"
+    assert not list(tmp_path.iterdir())
