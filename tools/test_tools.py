@@ -844,8 +844,8 @@ def test_sampler_uses_the_cache_of_a_run_unless_told_not_to(
 
 
 def test_sampler_makes_a_picture_without_a_training(tmp_path, monkeypatch, capsys):
-    """The committed student, 1.67 evaluations; the exact reader reads what it drew. Catches a result
-    to start from that does not fit its code."""
+    """The committed student, 1.67 evaluations; the exact reader reads what it drew. Catches a
+    result to start from that does not fit its code."""
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(sampler, "save_pictures", lambda pictures, *a: seen.append(pictures))
