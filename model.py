@@ -383,7 +383,17 @@ def add_lora(net, rank, seed):
     net.requires_grad_(False)
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                target_modules=attention + feed_forward))
+    for parameter in net.parameters():                    # what learns is fp32, as ever
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return net
+
+
+def lora_base_dtype(device):
+    """What the frozen weights under LoRA are stored in: half precision on one GPU, as the student's
+    file has them. Sharded, all weights of a block must be of one type, so fp32."""
+    half = device.type == "cuda" and processes() == 1
+    return torch.float16 if half else torch.float32
 
 
 def merge_lora(net):
@@ -406,7 +416,7 @@ def save_transformer(net, folder, half, lora_rank=None):
         if lora_rank:
             add_lora(plain, lora_rank, seed=0)
     if lora_rank:
-        state = {name: tensor.clone() for name, tensor in state.items()}
+        state = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
     plain.load_state_dict(state, assign=True)
     if lora_rank:
         merge_lora(plain)                                 # in place: hence the copy above

@@ -326,7 +326,7 @@ def load_few_step(source, preset, dtype=torch.float32):
     return net.eval()
 
 
-def load_student(folder, preset, recipe, device):
+def load_student(folder, preset, recipe, device, dtype=torch.float32):
     """(student, span or None, f or None) of a run, finished or not: the result or, when that is
     older, the newest checkpoint."""
     from safetensors import SafetensorError
@@ -340,8 +340,7 @@ def load_student(folder, preset, recipe, device):
         if finished:
             config = CachedSD3.load_config(weights)
             check_whole(empty_transformer(config), weights)
-            student = CachedSD3.from_pretrained(weights, torch_dtype=torch.float32,
-                                                use_safetensors=True)
+            student = CachedSD3.from_pretrained(weights, torch_dtype=dtype, use_safetensors=True)
         else:
             student = CachedSD3.from_config(check_base(preset))
             if recipe.get("lora_rank"):                   # a checkpoint holds adapters, not merged

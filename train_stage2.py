@@ -35,7 +35,7 @@ from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss, guidance_weight
 from model import (Decoder, Discriminator, Prompts, add_lora, base_content, check_base,
                    choose_prompts, draw_pool, empty_transformer, find_preset, frozen_dtype,
-                   load_transformer, not_shadowed, parse_span, pick_device, place,
+                   load_transformer, lora_base_dtype, not_shadowed, parse_span, pick_device, place,
                    save_transformer)
 from sampler import (Gallery, cached_velocity, few_step_config, image_noise, keep_recipe,
                      load_few_step, load_scheduler, load_student, read_recipe, recipe_of, roll_out,
@@ -327,7 +327,8 @@ def main(argv):
     prompts = Prompts(preset, texts, device, run.folder.parent)    # frees the text encoders again
     student = empty_transformer(check_base(preset))
     if first():                                           # place() sends the others their pieces
-        student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"))
+        dtype = lora_base_dtype(device) if settings.lora_rank else torch.float32
+        student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"), dtype)
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
     if span and not settings.no_compensation:

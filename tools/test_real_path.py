@@ -157,6 +157,25 @@ def test_a_lora_run_is_sampled_before_and_after_its_end(small_sd3, stage1, tmp_p
                               merged["transformer_blocks.2.attn.to_q.weight"], atol=1e-3)
 
 
+def test_the_base_under_lora_may_be_in_half_precision(small_sd3, stage1, tmp_path,  # noqa: F811
+                                                      monkeypatch):
+    """As on one GPU. Catches adapters that learn in half precision, and a merge that rounds the
+    weights that never learned."""
+    pytest.importorskip("peft")
+    words = ["--model", str(small_sd3), *TURNS, "--lora-rank", "2", "--init", str(stage1),
+             "--iterations", "2", "--out"]
+    train_stage2.main([*words, str(tmp_path / "full")])
+    monkeypatch.setattr(train_stage2, "lora_base_dtype", lambda device: torch.float16)
+    train_stage2.main([*words, str(tmp_path / "half")])
+    saved = load_file(run.checkpoints(tmp_path / "half")[-1] / "student.safetensors")
+    assert {t.dtype for name, t in saved.items() if "lora_" in name} == {torch.float32}
+    assert {t.dtype for name, t in saved.items() if "lora_" not in name} == {torch.float16}
+    full, half, before = (weights(f) for f in (tmp_path / "full", tmp_path / "half", stage1))
+    for name in full:
+        assert torch.allclose(full[name].float(), half[name].float(), atol=2e-3), name
+    assert torch.equal(half["proj_out.weight"], before["proj_out.weight"])
+
+
 def test_every_tool_takes_the_folder(small_sd3, stage1, tmp_path, capsys):  # noqa: F811
     """The span finder, the benchmark, the plan, on a folder with fewer blocks than the preset's
     span."""
