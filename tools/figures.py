@@ -319,9 +319,10 @@ def stack_bars(axes, shares):
         bottom = 0.0
         # Scene i is the usual one of shape i (tiny.world).
         for scene in [shape, *[s for s in range(len(SCENES)) if s != shape]]:
-            axes.bar(x, shares[c, scene], 0.92, bottom, color=SCENE_COLOURS[SCENES[scene]],
+            share = shares[c, scene].item()
+            axes.bar(x, share, 0.92, bottom, color=SCENE_COLOURS[SCENES[scene]],
                      edgecolor="white", linewidth=0.3)
-            bottom += shares[c, scene].item()
+            bottom += share
     per_shape = len(COLOURS)
     for shape in range(len(SHAPES)):
         ticks.append(sum(places[shape * per_shape:(shape + 1) * per_shape]) / per_shape)
