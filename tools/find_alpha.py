@@ -222,8 +222,8 @@ def plot(rows, alpha, title, path):
         axes.set_xlabel("noise level σ (1 = noise)")
         axes.grid(alpha=0.25)
     if alpha:
-        right.text(alpha, max(1.1, max(share) + 0.05), f" proposed α = {alpha:.2f}", va="top",
-                   color="#2e7d32")
+        right.text(alpha, 0.03, f"proposed α = {alpha:.2f} ", ha="right", color="#2e7d32",
+                   transform=right.get_xaxis_transform())
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     print(path)
