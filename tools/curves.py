@@ -26,20 +26,26 @@ class Settings:
 # title, how the quantities of the panel begin, what the axis says. A quantity is drawn in the first
 # panel whose beginning fits. So updates_g is no gradient norm, and what nobody foresaw is not lost.
 PANELS = (
+    # The fake score's loss may rise a little, since the student moves on; without end means that it
+    # does not follow. The student's loss is no distance to anything: it is built for its gradient.
     ("losses of Stage I", ("loss_fake", "loss_student"),
      "loss; no direction,\nbut loss_fake must not rise without end"),
+    # Two players: when one gets better the other's loss grows, so neither has a direction.
     ("losses of Stage II", ("loss_d", "loss_g"),
      "loss; no direction,\nlevel is good"),
+    # Above α nobody is guided: there the gap starts near 0 and grows while the student changes.
     ("teacher against fake score, by noise level σ", ("gap",),
      "mean |v_teacher − v_fake|\nbelow α falling slowly is good"),
     ("the student's latents x0", ("x0_", "diversity"),
      "of the latent values\nx0_std near the data's 1 is good"),
+    # Four standard deviations: over-guided pictures have hard, too colourful patches.
     ("share of latents beyond ±4", ("saturation",),
      "share; low is good"),
     ("how often D ranks a reference first", ("d_ranks",),
      "share; good is in between:\n0.5 is a blind D, 1 a hopeless G"),
     ("gradient norms, before clipping", ("grad_norm", "norm_"),
      "norm; no direction,\nlevel is good"),
+    # From here on what is no sign of quality; the last panel takes what nobody foresaw.
     ("updates of D and of G", ("updates_",), "updates; no direction"),
     ("seconds since the command was typed", ("seconds",),
      "seconds; no direction,\na straight line is good"),
@@ -62,6 +68,7 @@ def read_log(folder):
             continue
         if not isinstance(entry, dict) or not is_number(entry.get("iteration")):
             continue
+        # Stage II logs a quantity only where it is new, so each has iterations of its own.
         for name, value in entry.items():
             # null is a quantity that this iteration did not have, such as an empty bin of σ.
             if name != "iteration" and is_number(value):
@@ -88,6 +95,7 @@ def grouped(log):
             fits = name.startswith(beginnings) and name not in taken
             if fits and len(set(iterations)) >= 2:        # one point is no curve
                 names.append(name)
+        # A stage has only its own quantities: the other stage's panels are left out.
         if names:
             panels.append((title, axis, names))
         taken.update(names)
@@ -114,6 +122,7 @@ def save(path, panels, log):
     """Draws grouped()'s panels of a read_log() into a PNG, whole or not at all; returns path."""
     # A Figure of its own, not pyplot: that would change the screen of a notebook that trains.
     from matplotlib.figure import Figure
+    # Three panels a row are still readable on a laptop; a log of one quantity is one panel.
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)                     # rounded up
     figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained", facecolor="white")
@@ -140,6 +149,7 @@ def save(path, panels, log):
 
 def smooth(values):
     """The running mean of a list of numbers over a tenth of its length; as long as the list."""
+    # Centred, so that a bend stands where it happened and not later.
     half = len(values) // 20
     means = []
     for i in range(len(values)):
@@ -156,6 +166,7 @@ def main(argv):
     settings = parse_settings(Settings, argv, "-m tools.curves", __doc__.split("\n\n")[0])
     if not settings.run:
         raise UserError("name a run folder, for instance runs/tiny-stage1")
+    # All folders are checked before the first picture is drawn.
     for folder in settings.run:
         if not (Path(folder) / "metrics.jsonl").is_file():
             raise UserError(f"{folder} holds no metrics.jsonl; python train_stage1.py makes "

@@ -30,8 +30,9 @@ import torch
 from cache import NOTHING, nfe
 from losses import GRID, euler, guidance_weight, importance_curve, shift_sigma, x0_from_velocity
 from model import Decoder, Prompts, find_preset, load_transformer, pick_device, velocity
-from sampler import (cached_velocity, guided_velocity, image_noise, load_scheduler, load_student,
-                     read_recipe, roll_out, sample_guided, sigma_grid, teacher_sigmas)
+from sampler import (TEACHER_STEPS, cached_velocity, guided_velocity, image_noise, load_scheduler,
+                     load_student, read_recipe, roll_out, sample_guided, sigma_grid,
+                     teacher_sigmas)
 from tiny.world import (CAPTIONS, COLOURS, P_USUAL, SCENES, SHAPES, draw, measure, read,
                         sample_labels, scene_entropy)
 from tools import find_span
@@ -43,7 +44,7 @@ MAKE = {"stage1": "python train_stage1.py --out {}",
         "plain": "python train_stage1.py --alpha 1 --out {}",
         "stage2": "python train_stage2.py --out {}",
         "f_alone": "python train_stage2.py --warmup 999999 --out {}"}
-# Which runs a picture shows.
+# Which runs a picture shows: whoever wants one picture need not train for the others.
 NEEDS = {"paths": ("stage1", "stage2"), "collapse": ("stage1", "plain", "stage2"),
          "guidance": ("stage1",), "cache": ("stage1", "stage2", "f_alone"),
          "cost": ("stage1", "stage2")}
@@ -67,7 +68,9 @@ class Settings:
 
 
 # One colour for each kind of network in all pictures, as in assets/method.svg.
+# Green is a teacher, blue a student; red is what is taken away or put in its place.
 INK, GREY, TEACHER, STUDENT, RED = "#24292f", "#6e7781", "#2e7d32", "#1f5fbf", "#c62828"
+# Near the scenes' own skies and grounds (tiny.world), but far enough apart for thin bars.
 SCENE_COLOURS = {"day": "#5aa0e6", "beach": "#e3c07a", "night": "#1b1f3b", "dusk": "#f0795b"}
 
 
@@ -79,6 +82,7 @@ class Bench:
     def __init__(self, settings):
         self.settings, self.preset = settings, find_preset("tiny")
         self.device = pick_device(settings.device)
+        # α and w are those that the Stage I run was trained with, not today's defaults.
         self.recipe = read_recipe(settings.stage1)
         self.alpha, self.w = self.recipe["alpha"], self.recipe["guidance"]
         self.prompts = Prompts(self.preset, CAPTIONS, self.device)
@@ -86,7 +90,7 @@ class Bench:
         self.decode = Decoder(self.preset, self.device)
         self.stock = teacher_sigmas(load_scheduler(self.preset))          # the teacher's 28 steps
         self.two = sigma_grid(2)                                          # 1, 0.75, 0
-        self.runs, self.sampled = {}, {}
+        self.runs, self.sampled = {}, {}                  # both by name, filled when asked for
 
     def run(self, name):
         """(student, span or None, f or None) of the run that an option names."""
@@ -98,6 +102,7 @@ class Bench:
     def noises(self, n):
         """(noise [24·n, C, H, W], prompt, captions [24·n]): n of each caption, the same noises for
         every network."""
+        # Caption by caption: picture i has caption i ÷ n. All measuring below relies on it.
         captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)
         noise = image_noise(self.settings.seed, range(len(captions)), self.recipe["latent_shape"])
         return noise.to(self.device), self.prompts.take(captions), captions
@@ -108,6 +113,7 @@ class Bench:
         once: collapse.png and cost.png share the teacher's."""
         if name not in self.sampled:
             noise, prompt, _ = self.noises(self.settings.samples_per_prompt)
+            # In parts, so that thousands of samples need no more memory than one part.
             made = []
             for part in torch.arange(len(noise)).split(64):
                 latents = sample(noise[part], (prompt[0][part], prompt[1][part]))
@@ -118,6 +124,7 @@ class Bench:
     def by_teacher(self, w, sigmas, alpha=1.0):
         """A sampler for pictures(): the teacher with guidance w along sigmas."""
         def sample(noise, prompt):
+            # The empty prompt, once for each sample of the part.
             uncond = self.prompts.uncond(len(noise))
             return sample_guided(self.teacher, noise, prompt, uncond, sigmas, w, alpha)[0]
         return sample
@@ -131,12 +138,14 @@ class Bench:
 def check_runs(settings, chosen):
     """UserError, with the command that makes it, for a run that a chosen picture shows and that is
     not there, or that belongs to another base model, stage or number of steps."""
+    # dict.fromkeys keeps the order and drops what comes twice.
     for name in dict.fromkeys(name for picture in chosen for name in NEEDS[picture]):
         folder = getattr(settings, name)
         if not (Path(folder) / "distill.json").exists():
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: there is no run {folder}; {MAKE[name].format(folder)} "
                             "makes it")
+        # A run of another kind would give a picture whose title lies.
         recipe = read_recipe(folder)
         stage = 1 if name in ("stage1", "plain") else 2
         if (recipe["base"], recipe["steps"], recipe["stage"]) != ("tiny", 2, stage):
@@ -150,6 +159,8 @@ def check_runs(settings, chosen):
 
 def figure_of(width, height):
     """An empty matplotlib Figure, in inches; UserError where matplotlib is missing."""
+    # Imported where it is used: nothing else in this project needs it. A Figure without pyplot
+    # keeps no state and needs no screen.
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -168,12 +179,14 @@ def save(figure, folder, name, dpi=100):
 
 def show_picture(axes, picture):
     """A picture [3, H, W] without axis, its pixels not smoothed."""
+    # 32 pixels a side. Smoothed they would look better than the networks make them.
     axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
 
 
 # ================================================================== paths.png
 
+# Dense where the scene is decided, sparse where only edges change.
 SHOWN = (0, 2, 4, 6, 9, 14, 18, 22, 25, 27)               # of 28 steps; 14 is σ = 0.74
 
 
@@ -190,6 +203,7 @@ def teacher_path(bench, noise, prompt, sigmas, w, alpha):
         else:
             v = velocity(bench.teacher, x, sigma, prompt)
         passes += 1 + guided                              # guidance doubles an evaluation
+        # x̂0 is where the velocity points to from here; x itself is still mostly noise.
         path.append((sigma, bench.decode(x0_from_velocity(x, sigma, v))[0], passes, guided))
         x = euler(x, v, sigma, sigma_next)
     return path
@@ -201,6 +215,7 @@ def student_path(bench, noise, prompt, student, span, f):
     path, x, delta, spent = [], noise, None, 0
     blocks = len(student.transformer_blocks)
     for sigma, sigma_next in itertools.pairwise(bench.two.tolist()):
+        # Step one records Δ0 and costs a full evaluation; step two costs what is left of one.
         cost = nfe(2, span, blocks) - 1 if delta is not None else 1
         v, delta = cached_velocity(student, x, sigma, prompt, span, delta, f)
         spent += cost
@@ -209,32 +224,43 @@ def student_path(bench, noise, prompt, student, span, f):
     return path
 
 
-def draw_paths(bench):
-    """paths.png: a row for each network, a column for each noise level."""
+def path_rows(bench, caption, noise):
+    """[(label, colour, path)] of paths.png: three teachers, one in a hurry, two students."""
     settings = bench.settings
-    noise = image_noise(settings.seed, [settings.noise], bench.recipe["latent_shape"])
-    noise = noise.to(bench.device)
-    prompt = bench.prompts.take([CAPTIONS.index(settings.caption)])
+    # The noise is drawn as for every other picture, by its index alone.
+    noise = image_noise(settings.seed, [noise], bench.recipe["latent_shape"]).to(bench.device)
+    prompt = bench.prompts.take([CAPTIONS.index(caption)])
     rows = []
+    # Three teachers that differ in their guidance alone.
     for label, w, alpha in (("teacher, no guidance", 1.0, 1.0),
                             (f"teacher, w = {bench.w:g}\nat all levels", bench.w, 1.0),
                             (f"teacher, w = {bench.w:g}\nwhere σ ≤ {bench.alpha:g}", bench.w,
                              bench.alpha)):
         path = teacher_path(bench, noise, prompt, bench.stock, w, alpha)
         rows.append((label, TEACHER, [path[i] for i in SHOWN]))
+    # The same network in as few steps as the student, so that the gain is the distillation's.
     two = teacher_path(bench, noise, prompt, bench.two, 1.0, 1.0)
     rows.append(("teacher, two steps,\nnot distilled", TEACHER, two))
     student, _, _ = bench.run("stage1")
     rows.append(("Stage I,\ntwo steps", STUDENT,
                  student_path(bench, noise, prompt, student, None, None)))
+    # With its span skipped and f in its place: exactly what the finished method does.
     rows.append(("Stage II,\nblocks skipped", STUDENT,
                  student_path(bench, noise, prompt, *bench.run("stage2"))))
+    return rows
 
+
+def draw_paths(bench):
+    """paths.png: a row for each network, a column for each noise level."""
+    settings = bench.settings
+    rows = path_rows(bench, settings.caption, settings.noise)
+    # The columns are noise levels, not step numbers: only so the rows can be compared downwards.
     levels = [round(bench.stock[i].item(), 2) for i in SHOWN]
     figure = figure_of(1.12 * len(SHOWN) + 1.9, 1.36 * len(rows) + 0.9)
     grid = figure.subplots(len(rows), len(SHOWN) + 1,
                            gridspec_kw={"width_ratios": [1.5, *[1] * len(SHOWN)]})
     for (label, color, path), line in zip(rows, grid, strict=True):
+        # Most fields of the students' rows stay empty: these steps they do not take.
         for axes in line:
             axes.axis("off")
         line[0].text(1, 0.5, label, ha="right", va="center", color=color, size=11,
@@ -242,7 +268,7 @@ def draw_paths(bench):
         for sigma, picture, spent, guided in path:
             # A student's two steps stand where the teacher has the same noise level.
             column = min(range(len(levels)), key=lambda i: abs(levels[i] - sigma))
-            axes = line[column + 1]
+            axes = line[column + 1]                       # field 0 holds the row's name
             axes.axis("on")
             show_picture(axes, picture.cpu())
             last = spent == path[-1][2]
@@ -263,6 +289,7 @@ def draw_paths(bench):
 
 def scene_shares(pictures, captions):
     """(share of the four scenes for each caption [24, 4], mean entropy in nats) of pictures."""
+    # The exact reader's answer, without a network; the scene is read whatever the shape is like.
     scene = read(pictures)["scene"]
     by_caption = torch.stack([scene[captions == c] for c in range(len(CAPTIONS))])       # 24×n
     shares = torch.nn.functional.one_hot(by_caption, len(SCENES)).float().mean(1)        # 24×4
@@ -273,10 +300,12 @@ def draw_collapse(bench):
     """collapse.png: a panel for each network, a bar for each caption."""
     n, w = bench.settings.samples_per_prompt, bench.w
     captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)
+    # What a perfect model would show with so few pictures a caption: not the world's own 1.18 nats.
     data = draw(*sample_labels(len(captions), rng(bench.settings.seed, "data"), captions))
     panels = [("data", None, INK, data)]
     for name, label, count, guidance in (("unguided", "teacher without guidance", 28, 1.0),
                                          ("guided", "teacher, guided at all levels", 56, w)):
+        # Named, since cost.png asks for the guided teacher's pictures again: 56 passes each.
         panels.append((label, count, TEACHER,
                        bench.pictures(name, bench.by_teacher(guidance, bench.stock))))
     for name, label in (("plain", "plain DMD: teacher guided at all levels"),
@@ -287,6 +316,7 @@ def draw_collapse(bench):
         panels.append((label, count, STUDENT,
                        bench.pictures(name, bench.by_student(student, span, f))))
 
+    # Above the teachers and the data, below the students: read each column downwards or across.
     figure = figure_of(13, 7.4)
     places = figure.subplots(2, 3, sharey=True)
     for (label, count, color, pictures), axes in zip(panels, places.flat, strict=True):
@@ -302,6 +332,7 @@ def draw_collapse(bench):
                     "is the usual scene of its shape (dashed: its share in the data).\n"
                     "Many colours in a bar and a high entropy are good; one colour is collapse.\n",
                     size=12)
+    # One legend for all, under the panels.
     handles = [axes.patches[0].__class__((0, 0), 1, 1, color=color)
                for color in SCENE_COLOURS.values()]
     figure.legend(handles, [f"scene: {name}" for name in SCENES], loc="outside lower center",
@@ -317,7 +348,8 @@ def stack_bars(axes, shares):
         x = c + 1.2 * shape                               # a gap between the shapes
         places.append(x)
         bottom = 0.0
-        # Scene i is the usual one of shape i (tiny.world).
+        # Scene i is the usual one of shape i (tiny.world). It comes first, so that the height of
+        # the lowest part is the share of the usual scene, and a full bar of it is a collapse.
         for scene in [shape, *[s for s in range(len(SCENES)) if s != shape]]:
             share = shares[c, scene].item()
             axes.bar(x, share, 0.92, bottom, color=SCENE_COLOURS[SCENES[scene]],
@@ -326,6 +358,7 @@ def stack_bars(axes, shares):
     per_shape = len(COLOURS)
     for shape in range(len(SHAPES)):
         ticks.append(sum(places[shape * per_shape:(shape + 1) * per_shape]) / per_shape)
+    # White under black: the line shows on dark bars and between them.
     axes.axhline(P_USUAL, color="white", linewidth=2.2)
     axes.axhline(P_USUAL, color=INK, linewidth=1.1, linestyle="--")
     axes.set(ylim=(0, 1), xlim=(places[0] - 1, places[-1] + 1))
@@ -341,6 +374,7 @@ def window_probability(weights, high, low):
     losses.draw_sigma draws from, computed instead of drawn."""
     sigmas = shift_sigma(1 - torch.arange(GRID + 1) / GRID)               # 1001, falling from 1
     inside = (sigmas <= high + 1e-6) & (sigmas > low + 1e-6)
+    # Within a window the weights are scaled to 1: they decide inside a step, not between steps.
     weights = weights.double() * inside
     return sigmas[inside], (weights / weights.sum())[inside]
 
@@ -350,6 +384,7 @@ def draw_guidance(bench):
     figure = figure_of(13, 4.6)
     panels = figure.subplots(1, 2)
     for k, axes in enumerate(panels):
+        # Step k is judged between the level it starts from and the one it ends at.
         high, low = bench.two[k].item(), bench.two[k + 1].item()
         for name, label, style in (("official", "student's levels, official curve", "-"),
                                    ("paper", "student's levels, paper's plot", ":"),
@@ -379,6 +414,7 @@ def draw_guidance(bench):
 def fill_sides(axes, sigma, probability, width, bench, height):
     """Fills a window's density on both sides of α and writes, at a height from 0 to 1, how much of
     the draws is there."""
+    # The rule itself is asked, not α: whoever changes guidance_weight sees it here.
     guided = guidance_weight(sigma, bench.w, bench.alpha) != 1
     density = probability / width
     for side, color, label in ((guided, TEACHER, "guided"), (~guided, RED, "not guided")):
@@ -388,6 +424,7 @@ def fill_sides(axes, sigma, probability, width, bench, height):
             middle = (sigma[side].max() + sigma[side].min()).item() / 2
             axes.text(middle, height, f"{100 * share:.0f} % of draws\n{label}", ha="center",
                       color=color, size=12, weight="bold", transform=axes.get_xaxis_transform())
+    # In the second window α lies outside: nothing to mark.
     if guided.any() and not guided.all():
         axes.axvline(bench.alpha, color=INK)
         axes.text(bench.alpha, 0.99, f"α = {bench.alpha:g} ", ha="right", va="top", size=12,
@@ -396,6 +433,7 @@ def fill_sides(axes, sigma, probability, width, bench, height):
 
 # ================================================================== cache.png
 
+# Each shape once, and colours that stand out from every scene.
 COMPARED = ("a red circle", "a yellow square", "a blue triangle", "a white cross")
 
 
@@ -403,6 +441,8 @@ def block_changes(bench, samples=48):
     """{"image": [12], "text": [11]}: change of each block's residual from step one to step two,
     relative to its size (tools/find_span.py, --error l1)."""
     student, span, _ = bench.run("stage1")
+    # Of Stage I's student, which never met a cache. The span (1, 4) is asked for only because
+    # measure() wants one; its error is not drawn.
     settings = find_span.Settings(samples=samples, batch_size=16, seed=7, error="l1")
     chosen = torch.arange(samples) % len(CAPTIONS)
     prompts = Prompts(bench.preset, [CAPTIONS[c] for c in chosen.tolist()], bench.device)
@@ -412,6 +452,8 @@ def block_changes(bench, samples=48):
 
 def draw_cache(bench):
     """cache.png: left the blocks, right the same pictures with what can stand in for the span."""
+    # The first four columns have the same student. Only the last one was trained with its cache,
+    # so its pictures differ from the others in more than what stands in for the span.
     one, _, _ = bench.run("stage1")
     alone, _, f_alone = bench.run("f_alone")
     two, span, f = bench.run("stage2")
@@ -427,6 +469,7 @@ def draw_cache(bench):
     n = bench.settings.samples_per_prompt
     captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)
     for j, (label, name, *path) in enumerate(columns):
+        # Counted over all captions; four pictures are too few to judge by.
         pictures = bench.pictures(name if name != "full" else "stage1", bench.by_student(*path))
         correct = measure(pictures, captions)["correct"].mean().item()
         grid[0][j].set_title(label, color=STUDENT if j else INK, size=10)
@@ -440,18 +483,19 @@ def draw_cache(bench):
     right.suptitle(f"Step two without blocks {span[0]}–{span[1]}, from the same noises\n"
                    f"(“% right” counts {len(captions)} pictures: one point more or less is chance)",
                    size=12)
-    left.suptitle("How much does each block's share of the work change between the steps?", size=12)
+    left.suptitle("How much does what a block adds\nchange from step one to step two?", size=12)
     save(figure, bench.settings.out, "cache")
 
 
 def draw_blocks(axes, changes, span):
     """The change of each block's residual between the steps, the span shaded."""
+    # The last block returns no text, so the text stream has a point less.
     for stream, marker, color in (("image", "o-", STUDENT), ("text", "s--", GREY)):
         axes.plot(changes[stream], marker, color=color, label=f"{stream} stream")
     axes.axvspan(span[0] - 0.5, span[1] + 0.5, color=RED, alpha=0.13,
                  label=f"skipped in step two: {span[0]}–{span[1]}")
     axes.set(xlabel="block", xticks=range(len(changes["image"])), ylim=(0, None),
-             ylabel="change of what the block adds: Σ|step two − step one| ÷ Σ|step one|\n"
+             ylabel="Σ|step two − step one| ÷ Σ|step one|\n"
                     "(low is good: the block does the same again)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -464,6 +508,7 @@ def cost_paths(bench):
     one, _, _ = bench.run("stage1")
     two, span, f = bench.run("stage2")
     blocks = len(one.transformer_blocks)
+    # "Trained for it": the teacher was trained for many steps, so 28 × 2 is its own.
     rows = [("teacher, guided at all levels, 28 × 2", "guided", 56.0, True,
              bench.by_teacher(bench.w, bench.stock), TEACHER),
             ("teacher, 4 steps, not distilled", "four", 4.0, False,
@@ -473,6 +518,7 @@ def cost_paths(bench):
             ("Stage I, 2 steps", "stage1", 2.0, True, bench.by_student(one), STUDENT),
             (f"Stage II, blocks {span[0]}–{span[1]} by f", "stage2", nfe(2, span, blocks), True,
              bench.by_student(two, span, f), RED)]
+    # What a narrower and a wider span would cost, without another training.
     for other in ((1, 3), (1, 4), (1, 6)):
         rows.append((f"Stage I, blocks {other[0]}–{other[1]} reused", f"reused {other}",
                      nfe(2, other, blocks), False, bench.by_student(one, other), STUDENT))
@@ -485,16 +531,23 @@ def cost_paths(bench):
     return sorted(rows, key=lambda row: -row[2])
 
 
-def time_paths(bench, rows, size=8, rounds=5):
+def time_paths(bench, rows, size=8, rounds=25):
     """Seconds of each path relative to one full forward of the same batch, {name: ratio}; taken in
     turn, because on a shared machine only such times compare."""
+    # A few samples at once, as whoever makes pictures would do; of one alone the overhead counts.
     noise, prompt, _ = bench.noises(1)
     noise, prompt = noise[:size], (prompt[0][:size], prompt[1][:size])
+    uncond = bench.prompts.uncond(size)
     calls = {"one": lambda: velocity(bench.teacher, noise, 0.75, prompt)}
     for _, name, _, _, sample, _ in rows:
+        # sample=sample: each call keeps its own path, not the loop's last one.
         calls[name] = lambda sample=sample: sample(noise, prompt)
+    # Of the guided teacher one step: its 28 are alike, and many short rounds beat a few long ones.
+    calls["guided"] = lambda: guided_velocity(bench.teacher, noise, 0.75, prompt, uncond, bench.w,
+                                              1.0)
     with torch.inference_mode():
         seconds = alternate(calls, rounds, bench.device)
+    seconds["guided"] *= TEACHER_STEPS
     return {name: seconds[name] / seconds["one"] for name in calls}
 
 
@@ -505,6 +558,7 @@ def draw_cost(bench):
     captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)
     figure = figure_of(13, 5)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.1, 1])
+    # A row is one way to a picture: left what it costs, right what it is worth.
     for y, (_, name, count, trained, sample, color) in enumerate(rows):
         how = {"color": color} if trained else {"facecolor": "white", "edgecolor": color,
                                                 "hatch": "////"}
@@ -513,7 +567,7 @@ def draw_cost(bench):
         left.text(max(seconds[name], count) * 1.12, y, f"{count:.4g} evaluations, "
                   f"{seconds[name]:.3g}× the seconds of one", va="center", size=9.5)
         measured = measure(bench.pictures(name, sample), captions)
-        by_caption = measured["correct"].reshape(-1, n)
+        by_caption = measured["correct"].reshape(-1, n)                   # 24×n
         low, high = bootstrap(by_caption.mean(1))
         mean, entropy = by_caption.mean().item(), measured["scene_entropy"].mean().item()
         right.plot([low, high], [y, y], color=color, linewidth=2)
@@ -521,7 +575,8 @@ def draw_cost(bench):
                    markerfacecolor=color if trained else "white", markeredgewidth=2)
         right.text(1.03, y, f"{mean:.3f}   {entropy:.2f} nats", va="center", size=9.5)
     left.set_yticks(range(len(rows)), [row[0] for row in rows])
-    left.invert_yaxis()
+    left.invert_yaxis()                                   # the first row on top
+    # From 1.5 to 56: on a linear axis the students' bars would be one line.
     left.set_xscale("log")
     left.set(xlim=(0.8, 2500), xlabel="bar: measured seconds, in those of one full forward (log "
              "scale; low is good)\nblack mark: network evaluations counted in blocks")
@@ -529,9 +584,8 @@ def draw_cost(bench):
     left.minorticks_off()
     right.set_xlim(None, 1.25)
     right.set_xticks([0.4, 0.6, 0.8, 1.0])
-    right.set_xlabel("share of pictures with the caption's shape and colour (high is good)\n"
-                     "line: 95 % interval over captions; nats: entropy of the scenes (high is "
-                     "varied)")
+    right.set_xlabel("pictures with the caption's shape and colour (1 is best; line: 95 %)\n"
+                     "in nats: entropy of the scenes (high is varied)")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -543,6 +597,7 @@ def draw_cost(bench):
 
 def bootstrap(by_caption, rounds=1000):
     """(low, high): 95 % interval of the mean of [captions], which are drawn again and again."""
+    # Whole captions are drawn, as in evaluate.py: pictures of one caption are alike.
     drawn = torch.randint(len(by_caption), (rounds, len(by_caption)), generator=rng(0, "figures"))
     return torch.quantile(by_caption[drawn].mean(1), torch.tensor([0.025, 0.975])).tolist()
 
@@ -555,6 +610,7 @@ def main(argv):
     chosen = settings.only or list(PICTURES)
     if Path(settings.out).is_file():
         raise UserError(f"--out {settings.out} is a file; give a folder")
+    # All that can be wrong is asked before anything is loaded or sampled.
     check_runs(settings, chosen)
     figure_of(1, 1)                                       # without matplotlib stop now, not later
     bench = Bench(settings)

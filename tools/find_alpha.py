@@ -38,6 +38,7 @@ from model import (Prompts, check_base, choose_prompts, find_preset, frozen_dtyp
 from sampler import TEACHER_STEPS, image_noise, load_scheduler, sample_guided, teacher_sigmas
 from train_stage1 import SD3, TINY
 
+# Closer together at high noise, where α is looked for: there the share changes fast.
 LEVELS = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.3)
 TO_FIND = [str(level) for level in LEVELS]
 LEAST = 0.98        # [ours] a share from here on counts as kept: so much is noise of the samples
@@ -65,6 +66,7 @@ def read_levels(words):
     """The levels as numbers, falling; UserError for what is no noise level."""
     levels = []
     for word in words or TO_FIND:
+        # At σ = 1 there is no picture left in x, at 0 there is nothing to guess: both are refused.
         try:
             level = float(word)
         except ValueError:
@@ -91,10 +93,12 @@ def guesses(teacher, prompts, owner, part, shape, sigmas, levels, settings):
     for j, sigma in enumerate(levels):
         # Fresh noise for each sample and level, from its index alone: batches change no result.
         fresh = image_noise(settings.seed, part, shape, f"level {j}").to(prompts.device)
+        # From level 0, so x_σ = (1 − σ)·x0 + σ·noise: what training would show a network at σ.
         x = renoise(x0, 0.0, sigma, fresh)
         # One after the other, not as a batch of two: half the memory.
         v_cond = velocity(teacher, x, sigma, prompt)
         v_uncond = velocity(teacher, x, sigma, uncond)
+        # The same x for both guesses: what differs between them is guidance and nothing else.
         v_guided = guide(v_cond, v_uncond, settings.guidance)
         found[sigma] = x0_from_velocity(x, sigma, v_cond), x0_from_velocity(x, sigma, v_guided)
     return found
@@ -105,9 +109,10 @@ class Moments:
     each prompt, however many samples there are: 16 × 128² latents need 1 MB a prompt and sum."""
 
     def __init__(self, prompts, shape):
-        self.n = torch.zeros(prompts, dtype=torch.float64)
-        self.total = torch.zeros(prompts, *shape, dtype=torch.float64)
-        self.squares = torch.zeros(prompts, dtype=torch.float64)
+        # Double precision: a variance is a small difference of large sums.
+        self.n = torch.zeros(prompts, dtype=torch.float64)                # samples so far, P
+        self.total = torch.zeros(prompts, *shape, dtype=torch.float64)    # sum of x̂0, P×C×H×W
+        self.squares = torch.zeros(prompts, dtype=torch.float64)          # mean squares summed, P
 
     def add(self, x0, owner):
         """Counts x̂0 [B, C, H, W] of the prompts owner [B]."""
@@ -118,13 +123,15 @@ class Moments:
 
     def spread(self):
         """Standard deviation over all values of all samples, a number."""
+        # E[x²] − E[x]², over places and samples alike.
         n = self.n.sum()
         mean = self.total.flatten(1).mean(1).sum() / n
         return (self.squares.sum() / n - mean ** 2).clamp(min=0).sqrt().item()
 
     def within(self):
         """Root mean square distance of a value from its prompt's mean there, a number."""
-        mean = self.total / self.n[:, None, None, None]
+        # A prompt's mean guess is its blurred common layout. What is left beyond it is variety.
+        mean = self.total / self.n[:, None, None, None]                   # P×C×H×W
         inner = self.squares.sum() - (self.n * mean.square().flatten(1).mean(1)).sum()
         # n − 1: a prompt's mean was estimated from the same n samples.
         return (inner / (self.n - 1).sum()).clamp(min=0).sqrt().item()
@@ -133,6 +140,7 @@ class Moments:
 def measure(teacher, prompts, shape, sigmas, levels, settings):
     """[{"sigma", "spread", "within", "share"}] for each level, falling; all but sigma are ratios,
     with guidance ÷ without."""
+    # Of each level two sets of sums, without guidance and with it: no x̂0 is kept.
     many = len(prompts), shape
     plain = {sigma: Moments(*many) for sigma in levels}
     guided = {sigma: Moments(*many) for sigma in levels}
@@ -143,6 +151,7 @@ def measure(teacher, prompts, shape, sigmas, levels, settings):
         for sigma, (without, with_guidance) in found.items():
             plain[sigma].add(without, owner[part])
             guided[sigma].add(with_guidance, owner[part])
+    # Ratios, not differences: at high noise every guess is a blur with a small spread of its own.
     rows = []
     for sigma in levels:
         spread = guided[sigma].spread() / plain[sigma].spread()
@@ -171,10 +180,13 @@ def crossing(rows, mark):
 def propose(rows):
     """(α, reason): where half of the largest loss of the share is made up. α is None where no level
     collapses."""
+    # Where guidance does most harm; it need not be the highest level, where x̂0 is one blur.
     worst = min(rows, key=lambda row: row["share"])
     if worst["share"] >= LEAST:
         return None, ("at none of these levels guidance takes from the share of the diversity "
                       "within a prompt; α = 1, or ask at higher levels")
+    # Halfway between the worst share and 1. Where all of the loss is made up α would be too low:
+    # a student of two steps then gets little guidance where its first step is judged.
     alpha = crossing(rows, (1 + worst["share"]) / 2)
     reason = (f"guidance draws the pictures of a prompt together most at σ = {worst['sigma']:g} "
               f"(share {worst['share']:.2f}); at σ = {alpha:.2f} half of that is left, below "
@@ -203,6 +215,7 @@ def plot(rows, alpha, title, path):
         print("no plot: pip install matplotlib")
         return
     figure = Figure(figsize=(9, 3.8), layout="constrained", facecolor="white")
+    # Left what the two ratios are, right what follows from them.
     sigmas = [row["sigma"] for row in rows]
     left, right = figure.subplots(1, 2)
     left.plot(sigmas, [row["spread"] for row in rows], "o-", label="spread, all prompts")
@@ -211,6 +224,7 @@ def plot(rows, alpha, title, path):
              title="guidance spreads the guess out")
     left.legend()
     share = [row["share"] for row in rows]
+    # Red: the levels where guidance takes from a prompt's own diversity.
     right.plot(sigmas, share, "o-", color="#c62828")
     right.axhspan(min(share) - 0.05, 1, color="#c62828", alpha=0.07)
     right.set(ylabel="share within a prompt, with ÷ without\n(1 or more is good; below: collapse)",
@@ -232,6 +246,7 @@ def plot(rows, alpha, title, path):
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "-m tools.find_alpha", __doc__.split("\n\n")[0])
+    # What may be wrong is asked before a gigabyte is loaded.
     levels, preset = read_levels(settings.levels), find_preset(settings.model)
     tiny = preset.captions == "tiny"
     fill_in(settings, {"guidance": (TINY if tiny else SD3)["guidance"], "out": "results/alpha",
@@ -249,10 +264,12 @@ def main(argv):
     texts = [texts[j] for j in order[:settings.prompts_used].tolist()]
     prompts = Prompts(preset, texts, device)              # frees the text encoders again
     teacher = load_transformer(preset, frozen_dtype(device)).to(device)
+    # The model's own picture size: another one would have another noise level for "layout".
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     sigmas = teacher_sigmas(load_scheduler(preset), settings.steps)
     rows = measure(teacher, prompts, shape, sigmas, levels, settings)
 
+    # The text file comes before the plot: a missing matplotlib loses no measurement.
     alpha, reason = propose(rows)
     what = (f"{preset.name}, w = {settings.guidance:g}, {len(texts)} prompts × "
             f"{settings.samples_per_prompt} samples, seed {settings.seed}")

@@ -48,9 +48,11 @@ class Settings:
 def block_residuals(student, x, sigma, prompt):
     """What each block adds at latents x [B, C, H, W]: (image [B, N, D], text [B, L, D]) a block.
     The last block returns no text: None."""
+    # Hooks, not another forward: what is measured is exactly what the network does.
     residuals = []
 
     def keep(block, args, inputs, output):
+        # A block returns its input plus what it adds; the difference is its contribution.
         text, image = output
         added = image - inputs["hidden_states"]
         if text is not None:
@@ -70,6 +72,7 @@ def reuse_errors(student, x0, x1, prompt, sigmas, error="squared"):
     """{"image": [blocks], "text": [blocks − 1]}: change of each block's own residual from step one
     (x0 at sigmas[0]) to step two (x1 at sigmas[1]), by one of ERRORS."""
     change = ERRORS[error]
+    # Each step at its own latents and level, as when the student samples.
     one = block_residuals(student, x0, sigmas[0].item(), prompt)
     two = block_residuals(student, x1, sigmas[1].item(), prompt)
     errors = {"image": [], "text": []}
@@ -98,10 +101,12 @@ def span_errors(student, spans, x0, x1, prompt, sigmas, error="squared"):
     """For each span the relative error |v_reused − v| / |v| of the second step's velocity when the
     span's Δ0 is reused as it is; |·| is the Euclidean norm, or L1 with error="l1"."""
     norm = 1 if error == "l1" else 2
+    # This error sees what the blocks' own do not: how much the later blocks make of it.
     sigma_0, sigma_1 = sigmas[0].item(), sigmas[1].item()
     full = velocity(student, x1, sigma_1, prompt)                         # B×C×H×W
     errors = []
     for span in spans:
+        # Step one records the span's Δ0, step two takes it as it is: the worst case, without f.
         _, delta = cached_velocity(student, x0, sigma_0, prompt, span)
         reused, _ = cached_velocity(student, x1, sigma_1, prompt, span, delta)
         errors.append(((reused - full).norm(norm) / full.norm(norm)).item())
@@ -111,6 +116,7 @@ def span_errors(student, spans, x0, x1, prompt, sigmas, error="squared"):
 @torch.no_grad()
 def measure(student, prompts, spans, settings, shape, sigmas):
     """{"image", "text", "span": errors}, each the mean over the samples."""
+    # Means over the samples, batch by batch: an error of single samples jumps.
     total = {"image": 0, "text": 0, "span": 0}
     for part in torch.arange(settings.samples).split(settings.batch_size):
         x0 = image_noise(settings.seed, part, shape).to(prompts.device)
@@ -141,6 +147,7 @@ def print_tables(errors, spans, best, blocks, error="squared"):
     norm = "relative L1 error" if error == "l1" else "relative error"
     print(f"\nspans of {width} blocks, {nfe(2, best, blocks):.3f} NFE, {norm} of the "
           "second step when Δ0 is reused as it is")
+    # Of all spans of that width, not of the best alone: neighbours are often nearly as good.
     for span, error in zip(spans, errors["span"], strict=True):
         mark = "  <- proposed" if span == best else ""
         print(f"{span[0]:5}-{span[1]:<4}{error:8.4f}{mark}")
@@ -156,6 +163,7 @@ def plot(errors, best, out, error="squared"):
     matplotlib.use("Agg")                                 # draws into files, needs no screen
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    # Logarithmic: squared errors of the first and the last block differ by a factor of fifty.
     for stream in ("image", "text"):
         axes.semilogy(errors[stream], "o-", label=f"{stream} stream")
     axes.axvspan(best[0] - 0.5, best[1] + 0.5, alpha=0.15,
@@ -178,6 +186,7 @@ def main(argv):
     preset, device = find_preset(recipe["base"]), pick_device(settings.device)
     pool = default_prompts(preset)
     chosen = torch.randint(len(pool), (settings.samples,), generator=rng(settings.seed, "prompts"))
+    # Of each roll-out its own prompt: a block may do the same again for one and not for another.
     prompts = Prompts(preset, [pool[j] for j in chosen.tolist()], device)
     student, _, _ = load_student(settings.checkpoint, preset, recipe, device)
 
@@ -189,6 +198,7 @@ def main(argv):
     spans = [(n, n + width - 1) for n in range(blocks - width)]
     errors = measure(student, prompts, spans, settings, recipe["latent_shape"],
                      sigma_grid(recipe["steps"]))
+    # Of equal errors the first one counts: an earlier span.
     best = spans[errors["span"].index(min(errors["span"]))]
     print_tables(errors, spans, best, blocks, settings.error)
     plot(errors, best, settings.out, settings.error)
