@@ -36,6 +36,7 @@ from model import (Decoder, Prompts, base_content, check_base, choose_prompts, d
                    find_preset, frozen_dtype, load_transformer, pick_device, place,
                    save_transformer, vae_factor, velocity)
 from sampler import Gallery, guided_velocity, keep_recipe, recipe_of, roll_out, sigma_grid
+from tools.curves import draw as draw_curves
 
 # ================================================================== settings and recipes
 
@@ -295,6 +296,7 @@ def main(argv):
         if done % settings.sample_every == 0 or last:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
                          sigmas)
+            draw_curves(run.folder)                             # where matplotlib is installed
         if run.due(done, settings.checkpoint_every) or last or stop:
             run.save(done, networks, optimizers)
         if stop and not last:

@@ -40,6 +40,7 @@ from model import (Decoder, Discriminator, Prompts, add_lora, base_content, chec
 from sampler import (Gallery, cached_velocity, few_step_config, image_noise, keep_recipe,
                      load_few_step, load_scheduler, load_student, read_recipe, recipe_of, roll_out,
                      sample_guided, sigma_grid, student_content, teacher_sigmas)
+from tools.curves import draw as draw_curves
 
 # ================================================================== settings and recipes
 
@@ -427,6 +428,7 @@ def main(argv):
         if done % settings.sample_every == 0 or last:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
                          sigmas, span, f)
+            draw_curves(run.folder)                       # where matplotlib is installed
         if run.due(done, settings.checkpoint_every) or last or stop:
             run.save(done, networks, optimizers)
         if stop and not last:

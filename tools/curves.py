@@ -14,7 +14,7 @@ import math
 import sys
 from pathlib import Path
 
-from run import UserError, command, option, parse_settings, replace_file
+from run import UserError, command, first, option, parse_settings, replace_file
 
 
 @dataclasses.dataclass
@@ -107,12 +107,16 @@ def grouped(log):
 def draw(folder):
     """Writes folder/curves.png and returns its path; None where there is nothing to draw or nothing
     to draw with. Raises no error: it is called at the end of hours of training."""
+    if not first():                                       # of several processes one draws
+        return None
     try:
         log = read_log(folder)
         panels = grouped(log)
         if not panels:
             return None
         return save(Path(folder) / "curves.png", panels, log)
+    except ImportError:                                   # without matplotlib there is no picture
+        return None
     except Exception as error:                            # whatever it is, the run is worth more
         print(f"no curves.png ({str(error) or type(error).__name__})", file=sys.stderr)
         return None
