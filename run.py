@@ -58,6 +58,7 @@ FORMAT = 3        # version of the run folder; another one is refused, never gue
 KEEP = 2          # [ours] how many checkpoints stay on disk
 SAVING = 0.02     # [ours] share of the time that saving may take, where --checkpoint-every is left
 SOONEST = 300     # [ours] open; and seconds between two checkpoints at least
+GRACE = 2.0       # [ours] seconds in which a second signal is taken for the first one's echo
 WAIT = timedelta(hours=2)    # [ours] for a process that writes a large checkpoint; torch's: 10 min
 # Settings that a resumed run may change without changing the result. The last five name files,
 # which may have been moved: their content is compared instead (Run).
@@ -557,18 +558,20 @@ class Run:
         write_text(path, "".join(keep))
 
     def _catch_signals(self):
-        """Ctrl-C and SIGTERM set .interrupted; the loop saves and leaves after its iteration."""
+        """Ctrl-C and SIGTERM set .interrupted, the moment; the loop saves and leaves after its
+        iteration."""
         def handler(number, frame):
-            if self.interrupted:                          # the second one does not wait
+            # The second one does not wait; but a scheduler and torchrun may both pass on the first.
+            if self.interrupted and time.monotonic() - self.interrupted > GRACE:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self.interrupted = self.interrupted or time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):         # not in the main thread
                 leaving.callback(signal.signal, number, signal.signal(number, handler))
 
     def stopping(self):
         """Whether any process was asked to stop."""
-        return any_process(self.interrupted)
+        return any_process(bool(self.interrupted))
 
     def leave(self, iteration):
         """Ends an interrupted run after it was saved."""
