@@ -1,4 +1,4 @@
-"""The numbers of tools/startup.py on a stand-in of 9 M parameters, where they can be counted.
+"""The numbers of tools/startup.py on a stand-in of 10 M parameters, where they can be counted.
 
     python -m pytest -q tools/test_startup.py
 
