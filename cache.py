@@ -4,8 +4,10 @@ of the cost.
 In step one the residual of a span of blocks n..m is recorded, of the image and the text stream:
     Δ0 = O_m,0 − I_n,0           output of block m minus input of block n; the second index counts
                                  the steps from 0, as in the paper: 0 is step one
-In step two the span is skipped, and a small MLP f for each stream predicts its residual from Δ0:
+In step two the span is skipped, and a small MLP f for each stream makes from Δ0 what is added:
     O_m,1 = I_n,1 + f(Δ0)        f(x) = x + W2·GELU(W1·LayerNorm(x))
+No loss asks f for a forecast of step two's own residual: it is trained for the picture that comes
+out. In the miniature f(Δ0) is no nearer to that residual than Δ0 is, and the pictures are better.
 
 This file holds f, the transformer's forward written out with the span in it (CachedSD3), and an
 adapter that takes the cached path inside a stock pipeline (BlockCache). It imports nothing of ours,
@@ -190,9 +192,8 @@ class BlockCache:
         self.forget()
         # The forward of this one object, not of its class. Offloading (accelerate) has put a
         # forward of its own there, which moves the weights and then calls _old_forward: ours.
-        self.place = "_old_forward" if hasattr(transformer, "_old_forward") else "forward"
-        self.before = transformer.__dict__.get(self.place)
-        setattr(transformer, self.place, self)
+        place = "_old_forward" if hasattr(transformer, "_old_forward") else "forward"
+        setattr(transformer, place, self)
         transformer._block_cache = self
 
     def remove(self):
@@ -205,7 +206,8 @@ class BlockCache:
             if self.transformer.__dict__.get(place) is self:
                 delattr(self.transformer, place)
                 if place == "_old_forward":
-                    self.transformer._old_forward = self.before or self.transformer.forward
+                    stock = type(self.transformer).forward
+                    self.transformer._old_forward = stock.__get__(self.transformer)
         del self.transformer._block_cache
         self.forget()
 

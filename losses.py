@@ -191,8 +191,8 @@ def dmd_loss(p, p_teacher, p_fake):
     with torch.no_grad():
         target = p + p_teacher - p_fake
         # Differences are small at low noise and large at high noise. Dividing by the sample's mean
-        # distance to p_teacher makes all levels count alike (as in DMD: how far the student still
-        # has to go). The mean runs over all dimensions but the batch (deviation 3).
+        # distance to p_teacher evens this out, not fully (as in DMD: how far the student still has
+        # to go). The mean runs over all dimensions but the batch (deviation 3).
         scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
     return (0.5 * (p - target) ** 2 / scale).mean()
 

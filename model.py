@@ -197,6 +197,8 @@ SCHEDULE = {"shift": 3.0, "num_train_timesteps": 1000, "use_dynamic_shifting": F
 def weight_files(folder):
     """The safetensors files of a local folder that diffusers would load: those in full precision
     or, where there are none, the *.fp16 ones."""
+    # Many repositories hold both, and whoever downloads takes one kind. Large networks are cut into
+    # several files; all of them count.
     files = sorted(Path(folder).glob("*.safetensors"))
     return [file for file in files if ".fp16" not in file.name] or files
 
@@ -210,6 +212,7 @@ def variant(preset, part):
 def check_whole(net, folder):
     """UserError unless the files of a local folder hold just the tensors of `net`, each of its
     shape. The libraries fill in what is missing at random, or drop what they do not know."""
+    # Only the headers of the files are read: names and shapes, no weights.
     expected = {name: list(tensor.shape) for name, tensor in net.state_dict().items()}
     files = weight_files(folder)
     for file in files:
@@ -344,7 +347,8 @@ def place(net, device, compiled=False):
     torch's fully_shard, which gathers each block when it is used. Then only the first process needs
     to hold the whole; it sends each its pieces. Make optimisers after this."""
     if compiled:
-        # Block by block: they are alike, so one is compiled and serves all.
+        # Block by block: they are alike, so one is compiled and serves all. The loop around them,
+        # where the cache is, stays as it is written. In place: names of weights do not change.
         for block in net.transformer_blocks:
             block.compile()
     if processes() == 1:

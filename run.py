@@ -53,6 +53,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", module="(diffusers|transformers|huggingface_hub)")
+warnings.filterwarnings("ignore", message="IProgress not found")      # tqdm's, in a notebook
 
 FORMAT = 3        # version of the run folder; another one is refused, never guessed at
 KEEP = 2          # [ours] how many checkpoints stay on disk

@@ -237,6 +237,8 @@ def keep_recipe(folder, recipe, iteration=None):
     """Writes distill.json, the first process for all: with the iteration of a result, or of the
     result that is there already (0 without one)."""
     file = Path(folder) / "distill.json"
+    # Written at each start: a base that has moved is found again at its new place. A result that is
+    # there already stays one until a better one is written.
     if iteration is None:
         iteration = read_json(file)["iteration"] if file.exists() else 0
     if first():
@@ -283,6 +285,8 @@ def read_recipe(folder):
 
 def newest_weights(folder, recipe):
     """Where a run's newest student lies: student/ or, while it trains, the newest checkpoint."""
+    # A run that was finished and then given more iterations has both, and its checkpoints may have
+    # gone further than its result.
     saved = checkpoints(folder)
     newest = int(saved[-1].name[-6:]) if saved else -1
     student = Path(folder) / "student"
@@ -309,6 +313,7 @@ def few_step_config(source, preset):
             config, part = CachedSD3.load_config(source), None
         except OSError:                                   # a whole pipeline, then
             config, part = CachedSD3.load_config(source, subfolder="transformer"), "transformer"
+    # Inputs and latents must be the base's: its encoders and its VAE are used.
     base = check_base(preset)
     for key in ("_class_name", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
         if config.get(key) != base.get(key):
@@ -368,6 +373,8 @@ def load_student(folder, preset, recipe, device, dtype=torch.float32):
 
 def find_base(recipe, model=None):
     """The preset of a run's base model, or of `model`, where it lies now."""
+    # A preset's name or a hub id is found from anywhere. A folder is stored with its whole path,
+    # and may have moved since.
     name = recipe["base"] if model is None else model
     if Path(name).is_absolute() and not Path(name).exists():
         raise UserError(f"the base model {name} is not there; say where it is now: --model FOLDER")
@@ -457,6 +464,7 @@ def main(argv):
     recipe = read_recipe(settings.checkpoint)
     preset, device = find_base(recipe, settings.model), pick_device(settings.device)
     texts = choose_prompts(preset, settings.prompts, settings.prompt)
+    # Nobody wants a picture of each of them when no prompt was given.
     if not settings.prompt and not settings.prompts and preset.captions != "tiny":
         texts = texts[:4]                                 # of the grammar's 80,000
     texts = texts[:1000]

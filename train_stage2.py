@@ -10,8 +10,8 @@ discriminator that looks at decoded pictures (paper, Stage II and cache figure; 
 train_stage2). What it calls real are references: synthetic pictures of the same prompt and noise,
 so no outside image is needed. The order of the script:
   1. references   made once, by the teacher
-  2. turns        50 of the discriminator D alone, then two of D for one of the generator G; an
-                  iteration is one turn, as in the official code
+  2. turns        0 to 50 are the discriminator D's alone, then two of D for one of the generator
+                  G; an iteration is one turn, as in the official code
   warm-up         in the first iterations G's turns move f alone, then student and f
 
 Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],

@@ -14,6 +14,7 @@ convolutions and matrix products, fragments of memory (plan.ROOM).
 import contextlib
 import dataclasses
 import gc
+import sys
 import weakref
 from unittest import mock
 
@@ -22,8 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train_stage1
-import train_stage2
 from cache import CachedSD3, make_compensation
 from model import (BACKBONE, BACKBONE_REVISION, Decoder, Discriminator, add_lora,
                    empty_transformer)
@@ -193,45 +192,51 @@ def networks(stage, settings, config, span, half, checkpointing, decode, discrim
 # Each is what its script's loop does with one sample, and returns whose turn it was: the kinds of
 # networks that take a step at its end.
 
+def script_of(settings):
+    """The training script whose settings these are. Not imported: the script imports this file."""
+    return sys.modules[type(settings).__module__]
+
+
 def stage1_turns(nets, settings, shape, prompt, sigmas):
     """{turn: function} of train_stage1.main."""
-    student, fake_score = nets["student"], nets["fake score"]
-    part = train_stage1.draw_batch(0, settings, shape, sigmas, [""])
+    student, fake_score, script = nets["student"], nets["fake score"], script_of(settings)
+    part = script.draw_batch(0, settings, shape, sigmas, [""])
     part |= {"embeds": prompt[0], "pooled": prompt[1]}
 
     def of_fake_score():
-        train_stage1.add_path(part, student, sigmas)      # kept for the student's turn
-        train_stage1.fake_score_turn(fake_score, part, sigmas, settings.form).backward()
+        script.add_path(part, student, sigmas)            # kept for the student's turn
+        script.fake_score_turn(fake_score, part, sigmas, settings.form).backward()
         return ["fake score"]
 
     def of_student():
         uncond = [tensor.clone() for tensor in prompt]
-        loss, _ = train_stage1.student_turn(student, nets["teacher"], fake_score, part, uncond,
-                                            sigmas, settings)
+        loss, _ = script.student_turn(student, nets["teacher"], fake_score, part, uncond, sigmas,
+                                      settings)
         loss.backward()
         return ["student"]
     return {"fake score's turn": of_fake_score, "student's turn": of_student}
 
 
-def stage2_turns(nets, decode, shape, prompt, sigmas, span):
+def stage2_turns(nets, settings, decode, shape, prompt, sigmas, span):
     """{turn: function} of train_stage2.main."""
     student, f, discriminator = nets["student"], nets.get("f"), nets["discriminator"]
+    script = script_of(settings)
 
     def sample():
         with torch.no_grad():
             latents, _, delta = roll_out(student, torch.randn(1, *shape), prompt, sigmas[:-1], span,
                                          f)
-        return train_stage2.last_step(student, latents[-1], prompt, sigmas, span, delta, f)
+        return script.last_step(student, latents[-1], prompt, sigmas, span, delta, f)
 
     def d():
         with torch.no_grad():
             picture = decode(sample())
         reference = torch.zeros_like(picture)
-        train_stage2.discriminator_turn(discriminator, picture, reference)[0].backward()
+        script.discriminator_turn(discriminator, picture, reference)[0].backward()
         return ["discriminator"]
 
     def g():
-        train_stage2.generator_turn(discriminator, decode, sample()).backward()
+        script.generator_turn(discriminator, decode, sample()).backward()
         return ["student", "f"] if f is not None else ["student"]
     return {"D's turn": d, "G's turn": g}
 
@@ -276,7 +281,7 @@ def rehearse(stage, preset, settings, shape, config, steps, span, checkpointing)
             one = dataclasses.replace(settings, batch_size=1)
             turns = stage1_turns(nets, one, shape, prompt, sigmas)
         else:
-            turns |= stage2_turns(nets, decode, shape, prompt, sigmas, span)
+            turns |= stage2_turns(nets, settings, decode, shape, prompt, sigmas, span)
         for name, turn in (turns | grid).items():
             memory.moments = []
             for kind in turn():                           # whose turn it was takes a step
