@@ -68,7 +68,7 @@ class Preset:
     @property
     def tokens(self):
         """L, the text tokens of a prompt: 77 of CLIP and T5's, or the miniature's 8."""
-        return 77 + self.text_length if self.text_length else 8
+        return 8 if self.captions == "tiny" else 77 + self.text_length
 
 
 # The three real transformers, as their config.json says it. Nothing here is needed to train them:
