@@ -56,6 +56,7 @@ def test_its_cells_run_in_order_and_print_what_is_committed(monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")                                 # draws without a screen
     from matplotlib import pyplot
+    pyplot.close("all")                                   # what other tests left open
     monkeypatch.chdir(NOTEBOOK.parent)                    # where jupyter starts it
     monkeypatch.setattr(sys, "path", list(sys.path))      # its first cell adds to it
     namespace = {}
