@@ -77,6 +77,7 @@ def test_a_folder_that_is_locked_is_refused_and_stays_as_it_is(tmp_path, capsys)
     assert run.read_json(out / "distill.json")["iteration"] == 2
 
 
+@pytest.mark.slow
 def test_of_two_commands_at_the_same_instant_one_has_the_lock(tmp_path):
     """On a folder that is not there yet; and a kill leaves no lock behind. Catches a check that
     comes long before the first write."""

@@ -176,6 +176,7 @@ def test_the_base_under_lora_may_be_in_half_precision(small_sd3, stage1, tmp_pat
     assert torch.equal(half["proj_out.weight"], before["proj_out.weight"])
 
 
+@pytest.mark.slow
 def test_every_tool_takes_the_folder(small_sd3, stage1, tmp_path, capsys):  # noqa: F811
     """The span finder, the benchmark, the plan, on a folder with fewer blocks than the preset's
     span."""

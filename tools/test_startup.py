@@ -15,7 +15,9 @@ import run  # noqa: F401  first, as in every script: it silences what the others
 import model
 from tools import startup
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux"),
+    pytest.mark.slow]
 CPU = torch.device("cpu")
 
 

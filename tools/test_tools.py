@@ -793,6 +793,7 @@ def tiny_needs(stage, script, span):
     return plan.measure(stage, TINY, settings, (4, 8, 8), model.check_base(TINY), 2, span)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--gradient-checkpointing", "--accumulation", "4"]])
 def test_planned_peak_is_what_the_allocator_hands_out(
         more, finished, finished2, monkeypatch):  # noqa: F811
@@ -859,6 +860,7 @@ def small_picture_networks(monkeypatch):
     (train_stage2, ["--init", "none"], [
         "D's turn: 1.68 transformer passes", "G's turn: 3.03 transformer passes",
         "10.47 to decode", "2.4 GB of references", "disk: 19.1 GB a checkpoint"])])
+@pytest.mark.slow
 def test_a_real_model_is_planned_without_its_weights(
         script, options, words, tmp_path, capsys, monkeypatch):
     """At its true size. Catches a plan that downloads, one that writes, and one that no terminal
@@ -871,6 +873,7 @@ def test_a_real_model_is_planned_without_its_weights(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_plan_of_lora_counts_what_learns(tmp_path, capsys):
     """Catches gradients and moments of frozen weights in the plan."""
     pytest.importorskip("peft")
