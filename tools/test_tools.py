@@ -279,6 +279,14 @@ def test_a_checkpoint_cut_or_corrupted_anywhere_is_passed_over(harm, tmp_path, c
     assert run.newest_checkpoint(tmp_path) == (0, None), "with no sound one it begins again"
 
 
+def test_a_digest_sees_names_types_shapes_and_bytes():
+    """Catches a checkpoint whose tensors were renamed, cut or converted and still pass."""
+    x = torch.arange(4.0)
+    others = [{"b": x}, {"a": x.double()}, {"a": x[None]}, {"a": x + 1}, {"a": x, "b": x}]
+    assert run.digest({"a": x}) == run.digest({"a": x.clone()})
+    assert len({run.digest(tensors) for tensors in ({"a": x}, *others)}) == 6
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         finished, tmp_path, monkeypatch, capsys):  # noqa: F811
     """One bit of a whole training's newest checkpoint flips: the same command says so, and ends as
