@@ -37,11 +37,11 @@ from run import (UserError, command, fill_in, option, parse_settings, rng, versi
                  write_text)
 from cache import NOTHING
 from losses import guidance_weight
-from model import (Decoder, Prompts, base_content, check_base, choose_prompts, find_preset,
-                   load_transformer, loading, parse_span, pick_device)
-from sampler import (TEACHER_STEPS, count_nfe, few_step_config, image_noise, load_few_step,
-                     load_scheduler, load_student, read_recipe, roll_out, sample_guided,
-                     save_pictures, sigma_grid, teacher_sigmas)
+from model import (Decoder, Prompts, check_base, find_preset, load_transformer, loading, parse_span,
+                   pick_device, texts_of)
+from sampler import (TEACHER_STEPS, check_same_base, count_nfe, few_step_config, image_noise,
+                     load_few_step, load_scheduler, load_student, read_recipe, roll_out,
+                     sample_guided, save_pictures, sigma_grid, teacher_sigmas)
 from tiny.world import CAPTIONS, draw, measure, sample_labels
 
 MEASURES = ("prompt_accuracy", "usual_scene", "scene_entropy", "clip_score", "pick_score",
@@ -94,16 +94,14 @@ def resolve(settings):
         runs.append(Path("runs/tiny-stage2"))
     recipes = {run: read_recipe(run) for run in runs}
     for run, recipe in recipes.items():
-        # A base that was moved is still the same base.
-        if recipe["base"] != preset.name and recipe.get("base_content") != base_content(preset):
-            raise UserError(f"{run} was distilled from {recipe['base']}, not from {preset.name}")
+        check_same_base(run, recipe, preset)
         # All rows start from the same noises, so these need one shape.
         if recipe["latent_shape"] != recipes[runs[0]]["latent_shape"]:
             raise UserError(f"{run} makes pictures of another size than {runs[0]}")
     # Rows are named after their run's folder.
     if len({run.name for run in recipes}) < len(recipes):
         raise UserError("two of the runs have the same name; the table could not tell them apart")
-    texts = choose_prompts(preset, settings.prompts)
+    texts = texts_of(preset, settings.prompts)
     if tiny_world and set(texts) - set(CAPTIONS):
         raise UserError(f"--prompts {settings.prompts}: the exact reader knows the 24 captions of "
                         "the miniature only, such as \"a red circle\"")

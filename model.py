@@ -189,6 +189,7 @@ def check_base(preset):
     return config
 
 
+# What a scheduler's config must say, where it says anything. Each of these changes its sigmas.
 SCHEDULE = {"shift": 3.0, "num_train_timesteps": 1000, "use_dynamic_shifting": False,
             "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
             "invert_sigmas": False, "shift_terminal": None, "stochastic_sampling": False}
@@ -672,16 +673,18 @@ def default_prompts(preset):
     return [" ".join(words) for words in itertools.product(*GRAMMAR)]
 
 
+def texts_of(preset, path=None):
+    """The texts of a file of prompts, or the default ones."""
+    if not path:
+        return default_prompts(preset)
+    from tools.prompt_files import read_prompts           # text, JSON, CSV: nothing of the method
+    return read_prompts(path)
+
+
 def choose_prompts(preset, path=None, text=None):
     """The texts to train or sample on: one text, those of a file, or the default ones. Warns of
     words that the miniature world does not know."""
-    if text:
-        texts = [text]
-    elif path:
-        from tools.prompt_files import read_prompts       # text, JSON, CSV: nothing of the method
-        texts = read_prompts(path)
-    else:
-        texts = default_prompts(preset)
+    texts = [text] if text else texts_of(preset, path)
     if preset.captions == "tiny":
         from tiny.world import WORDS
         unknown = {word for text in texts for word in text.lower().split()} - WORDS

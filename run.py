@@ -58,7 +58,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")      # tqdm's, 
 FORMAT = 3        # version of the run folder; another one is refused, never guessed at
 KEEP = 2          # [ours] how many checkpoints stay on disk
 SAVING = 0.02     # [ours] share of the time that saving may take, where --checkpoint-every is left
-SOONEST = 300     # [ours] open; and seconds between two checkpoints at least
+SOONEST = 300     # [ours] seconds between two such checkpoints at least
 GRACE = 2.0       # [ours] seconds in which a second signal is taken for the first one's echo
 WAIT = timedelta(hours=2)    # [ours] for a process that writes a large checkpoint; torch's: 10 min
 # Settings that a resumed run may change without changing the result. The last five name files,
@@ -630,6 +630,7 @@ class Run:
                 write_json(folder / "state.json",
                            {"format": FORMAT, "iteration": iteration, "parts": digests})
 
+        # A function of its own, so that a part is freed before the next one is gathered.
         def write_part(folder, name, tensors, digests):
             if first():
                 save_tensors(folder / f"{name}.safetensors", tensors)
@@ -717,7 +718,6 @@ def load_optimizer(net, optimizer, tensors):
     for key, shape, dtype in keys:
         name, slot = key.rsplit(".", 1)
         parameter = names[name]
-        # step counts are single numbers; they stay on the CPU unless the optimiser is fused
         value = torch.empty(shape, dtype=dtype) if not first() else tensors[key]
         optimizer.state[parameter][slot] = spread(value.to(parameter.device, copy=True), parameter)
 

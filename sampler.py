@@ -371,6 +371,12 @@ def load_student(folder, preset, recipe, device, dtype=torch.float32):
     return student.to(device).eval(), span, f
 
 
+def check_same_base(folder, recipe, preset):
+    """UserError unless a run was distilled from this base; a base that has moved is the same."""
+    if recipe["base"] != preset.name and recipe.get("base_content") != base_content(preset):
+        raise UserError(f"{folder} was distilled from {recipe['base']}, not from {preset.name}")
+
+
 def find_base(recipe, model=None):
     """The preset of a run's base model, or of `model`, where it lies now."""
     # A preset's name or a hub id is found from anywhere. A folder is stored with its whole path,

@@ -37,9 +37,10 @@ from model import (Decoder, Discriminator, Prompts, add_lora, base_content, chec
                    choose_prompts, draw_pool, empty_transformer, find_preset, frozen_dtype,
                    load_transformer, lora_base_dtype, not_shadowed, parse_span, pick_device, place,
                    save_transformer)
-from sampler import (Gallery, cached_velocity, few_step_config, image_noise, keep_recipe,
-                     load_few_step, load_scheduler, load_student, read_recipe, recipe_of, roll_out,
-                     sample_guided, sigma_grid, student_content, teacher_sigmas)
+from sampler import (Gallery, cached_velocity, check_same_base, few_step_config, image_noise,
+                     keep_recipe, load_few_step, load_scheduler, load_student, read_recipe,
+                     recipe_of, roll_out, sample_guided, sigma_grid, student_content,
+                     teacher_sigmas)
 from tools.curves import draw as draw_curves
 
 # ================================================================== settings and recipes
@@ -144,10 +145,7 @@ def resolve(settings):
                 "latent_shape": [config["in_channels"], side, side]}
     else:
         init = read_recipe(settings.init)
-    # A moved base is still the same base.
-    if init["base"] != preset.name and init.get("base_content") != base_content(preset):
-        raise UserError(f"{settings.init} was distilled from {init['base']}, "
-                        f"not from {preset.name}")
+    check_same_base(settings.init, init, preset)
     if init["stage"] != 1:
         raise UserError(f"{settings.init} is a run of Stage {init['stage']}; --init takes one of "
                         "Stage I")
@@ -314,6 +312,7 @@ def main(argv):
     resolved["prompts_content"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     resolved["discriminator_content"] = content_of(preset.discriminator)
     resolved["init_content"] = student_content(settings.init)
+    resolved["started_from"] = [init[name] for name in ("iteration", "alpha", "guidance")]
     if is_run(settings.reference):
         resolved["reference_content"] = student_content(settings.reference)
     elif settings.reference != "teacher":

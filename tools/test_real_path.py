@@ -90,7 +90,7 @@ def test_sharded_and_half_precision_folders_simply_load(form, small_sd3, stage1,
     train_stage1.main(["--model", str(base), *WORDS, "--iterations", "2", "--out",
                        str(tmp_path / "run")])
     if form == "sharded":
-        assert_same_student(stage1, tmp_path / "run")
+        assert_same_student(stage1, tmp_path / "run", least=90)
     else:
         line = lines_of(tmp_path / "run")[-1]
         assert line["loss_fake"] == pytest.approx(lines_of(stage1)[-1]["loss_fake"], rel=1e-2)
@@ -142,7 +142,7 @@ def test_a_lora_run_is_sampled_before_and_after_its_end(small_sd3, stage1, tmp_p
     unfinished = sample(tmp_path / "run", tmp_path / "half.png")
     for folder in ("run", "undisturbed"):
         train_stage2.main([*words, str(tmp_path / folder)])
-    assert_same_student(tmp_path / "run", tmp_path / "undisturbed")
+    assert_same_student(tmp_path / "run", tmp_path / "undisturbed", least=90)
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "undisturbed")
     assert sample(tmp_path / "run", tmp_path / "end.png") != unfinished
     # What is sampled from the last checkpoint, adapters added, is what the merged result gives.
@@ -247,7 +247,7 @@ def test_interrupted_references_go_on_where_they_were(small_sd3, stage1, tmp_pat
     train_stage2.main([*words, str(tmp_path / "a" / "run")])
     assert len(calls) == 3, "six references are two batches; the first was there"
     train_stage2.main([*words, str(tmp_path / "b" / "run")])
-    assert_same_student(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    assert_same_student(tmp_path / "a" / "run", tmp_path / "b" / "run", least=90)
     folders = [next((tmp_path / name).glob("references-*")) for name in "ab"]
     assert folders[0].name == folders[1].name
     for file in folders[0].iterdir():
