@@ -33,8 +33,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from run import (UserError, command, fill_in, option, parse_settings, rng, versions, write_json,
-                 write_text)
+from run import (UserError, command, digest, fill_in, option, parse_settings, rng, versions,
+                 write_json, write_text)
 from cache import NOTHING
 from losses import guidance_weight
 from model import (Decoder, Prompts, check_base, find_preset, load_transformer, loading, parse_span,
@@ -125,14 +125,12 @@ def load_network(cls, source):
     return network.eval().requires_grad_(False)
 
 
-def weights_hash(*modules):
-    """The first 16 digits of the sha256 of all weights: which network it was, wherever it lay."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+def weights_hash(*networks):
+    """16 hex digits of the hash of all weights: which network it was, wherever it lay."""
+    tensors = {}
+    for i, net in enumerate(networks):
+        tensors |= {f"{i}.{name}": tensor.cpu() for name, tensor in net.state_dict().items()}
+    return digest(tensors)[:16]
 
 
 class TinyMeter(torch.nn.Module):

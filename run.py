@@ -55,7 +55,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", module="(diffusers|transformers|huggingface_hub)")
 warnings.filterwarnings("ignore", message="IProgress not found")      # tqdm's, in a notebook
 
-FORMAT = 3        # version of the run folder; another one is refused, never guessed at
+FORMAT = 4        # version of the run folder; another one is refused, never guessed at
 KEEP = 2          # [ours] how many checkpoints stay on disk
 SAVING = 0.02     # [ours] share of the time that saving may take, where --checkpoint-every is left
 SOONEST = 300     # [ours] seconds between two such checkpoints at least
@@ -197,8 +197,9 @@ def rng(seed, *key):
     """A CPU torch.Generator that depends on (seed, key) alone, e.g. rng(seed, iteration) or
     rng(seed, "image", 7).
 
-    Everything random of an iteration is drawn from such a generator for the global batch. So a
-    resumed run, another device and another number of processes see the same numbers.
+    Whatever is random in an iteration is drawn from such generators: steps and levels for the
+    global batch, noises for each sample by itself. So a resumed run, another device and another
+    number of processes see the same numbers.
     """
     words = [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:4], "big") for k in key]
     state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0]

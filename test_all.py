@@ -397,8 +397,10 @@ def turns1(tmp_path_factory):
     return record(train_stage1, [*PINNED1, "--out", str(out)])
 
 
-@pytest.mark.parametrize("options", [[], ["--steps", "3", "--form", "x0", "--loss", "official"]],
-                         ids=["as in the recipe", "x0 form, official loss, three steps"])
+OTHER = ["--steps", "3", "--form", "x0", "--loss", "official", "--seed", "0"]
+
+
+@pytest.mark.parametrize("options", [[], OTHER], ids=["as in the recipe", "all else"])
 def test_each_turn_of_stage_one_is_the_papers_formulas(options, turns1, prompts, tmp_path):
     """Catches what no run shows: re-noising from another level, a fake score that aims at the
     intermediate sample, guidance on the wrong side of α, a flipped difference of scores, a path
@@ -483,6 +485,23 @@ def test_levels_are_drawn_inside_each_samples_own_window():
             assert sigma[k == step].mean().item() == pytest.approx(mean, abs=0.01)
     agree = (batch["k_fake"] == batch["k_student"]).float().mean().item()
     assert shape == SHAPE and agree == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_process_draws_its_own_noises_alone(monkeypatch):
+    """Catches processes that see other numbers than one does, and one that draws for all."""
+    settings, (_, _, texts) = settings_of(train_stage1, ["--batch-size", "8"])
+    whole = train_stage1.draw_batch(5, settings, SHAPE, sampler.sigma_grid(2), texts)
+    drawn = []
+    def spy(seed, numbers, *rest):
+        drawn.append(len(numbers))
+        return sampler.image_noise(seed, numbers, *rest)
+    monkeypatch.setattr(train_stage1, "image_noise", spy)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    part = train_stage1.draw_batch(5, settings, SHAPE, sampler.sigma_grid(2), texts)
+    assert part.keys() == whole.keys() and drawn == [2, 2, 2]
+    for name, values in part.items():
+        assert values.equal(whole[name][4:6]), name
 
 
 def test_training_never_sees_the_noise_of_an_evaluation():

@@ -35,7 +35,8 @@ from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_l
 from model import (Decoder, Prompts, base_content, check_base, choose_prompts, draw_pool,
                    find_preset, frozen_dtype, load_transformer, pick_device, place,
                    save_transformer, vae_factor, velocity)
-from sampler import Gallery, guided_velocity, keep_recipe, recipe_of, roll_out, sigma_grid
+from sampler import (Gallery, guided_velocity, image_noise, keep_recipe, recipe_of, roll_out,
+                     sigma_grid)
 from tools.curves import draw as draw_curves
 
 # ================================================================== settings and recipes
@@ -185,30 +186,34 @@ def at_step(path, k):
 
 
 def draw_batch(i, settings, shape, sigmas, texts):
-    """Everything random of iteration i, on the CPU, for the whole batch: {name: tensor [B, ...]}.
+    """Everything random of iteration i, on the CPU: {name: tensor [B, ...]}, of which each process
+    gets its share.
 
     It depends on (seed, i) alone. So a resumed run, another device and another number of processes
     see the same numbers.
     """
     B, N = settings.batch_size, settings.steps
-    g = rng(settings.seed, i, "train")
-    batch = {"noise": torch.randn(B, *shape, generator=g)}      # where the roll-out starts
+    g, batch = rng(settings.seed, i, "train"), {}
     # Which step the fake score looks at (uniformly), and to which level its sample is re-noised:
     # uniformly over the grid inside the window [official].
     k = torch.randint(N, (B,), generator=g)
     batch["k_fake"] = k
     batch["sigma_fake"] = draw_sigma(torch.rand(B, generator=g), *window(k, sigmas, settings.form),
                                      importance_curve("uniform"))
-    batch["noise_fake"] = torch.randn(B, *shape, generator=g)
     # The same for the student, drawn independently, its level by the importance curve [official].
     k = torch.randint(N, (B,), generator=g)
     batch["k_student"] = k
     batch["sigma_student"] = draw_sigma(torch.rand(B, generator=g),
                                         *window(k, sigmas, settings.form),
                                         importance_curve(settings.importance))
-    batch["noise_student"] = torch.randn(B, *shape, generator=g)
     # From a generator of its own: the draws above do not depend on the number of prompts.
     batch["prompt"] = torch.randint(len(texts), (B,), generator=rng(settings.seed, i, "prompts"))
+    batch = {name: share(values) for name, values in batch.items()}
+    # The noises: where the roll-out starts, and with what the two turns re-noise. They are large,
+    # so a process draws only its own. A sample's number in the run decides its noises.
+    numbers = share(torch.arange(i * B, (i + 1) * B))
+    for name in ("noise", "noise_fake", "noise_student"):       # each B×C×H×W
+        batch[name] = image_noise(settings.seed, numbers, shape, f"stage 1 {name}")
     return batch
 
 
@@ -315,10 +320,10 @@ SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics
 
 
 def load_batch(batch, prompts, device, accumulation):
-    """This process's share of a batch, on the device, with its prompts, in micro-batches."""
-    mine = {name: share(values).to(device) for name, values in batch.items()}
-    mine["embeds"], mine["pooled"] = prompts.take(mine.pop("prompt").cpu())
-    return micro_batches(mine, accumulation)
+    """draw_batch's tensors on the device, with the prompts themselves, in micro-batches."""
+    tensors = {name: values.to(device) for name, values in batch.items()}
+    tensors["embeds"], tensors["pooled"] = prompts.take(batch["prompt"])
+    return micro_batches(tensors, accumulation)
 
 
 @torch.no_grad()
