@@ -161,10 +161,9 @@ def base_content(preset):
     return content_of(Path(preset.source) / "transformer")
 
 
-def check_base(preset):
-    """The transformer's config of a preset as a dict; UserError unless it is a whole SD3
-    transformer on the schedule that the student's grid is made for. Reads configs and the names of
-    tensors alone, so that a mistake costs nothing."""
+def base_config(preset):
+    """The transformer's config of a base model, a dict; UserError unless it is an SD3
+    transformer."""
     # SD1, Flux and others have other inputs and other blocks; nothing here would fit them.
     if Path(preset.source).is_absolute() and not (
             Path(preset.source) / "transformer" / "config.json").exists():
@@ -174,6 +173,14 @@ def check_base(preset):
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise UserError(f"{preset.source} holds a {config.get('_class_name')}, "
                         "not an SD3Transformer2DModel")
+    return config
+
+
+def check_base(preset):
+    """base_config of a base model that is sound; UserError when a tensor is missing, or when it has
+    another schedule than the student's grid is made for. Called once, before anything is loaded: it
+    reads configs and the names of tensors alone, so that a mistake costs nothing."""
+    config = base_config(preset)
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     for part, cls in (("transformer", CachedSD3), ("vae", AutoencoderKL)):
         with loading(f"the {part}", preset.source), torch.device("meta"):
@@ -204,30 +211,41 @@ def weight_files(folder):
     return [file for file in files if ".fp16" not in file.name] or files
 
 
-def variant(preset, part):
-    """"fp16" for a part of a local pipeline that has such weights alone, else None."""
-    files = weight_files(Path(preset.source) / part)
+def variant(folder):
+    """"fp16" for a local folder that has such weights alone, else None."""
+    files = weight_files(folder)
     return "fp16" if files and ".fp16" in files[0].name else None
+
+
+def saved_shapes(folder):
+    """{tensor: (its shape, its file)} of a local folder's weights; {} of a hub id. Only the headers
+    of the files are read."""
+    shapes = {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as opened:
+            for name in sorted(opened.keys()):
+                shapes[name] = opened.get_slice(name).get_shape(), file
+    return shapes
 
 
 def check_whole(net, folder):
     """UserError unless the files of a local folder hold just the tensors of `net`, each of its
     shape. The libraries fill in what is missing at random, or drop what they do not know."""
-    # Only the headers of the files are read: names and shapes, no weights.
-    expected = {name: list(tensor.shape) for name, tensor in net.state_dict().items()}
-    files = weight_files(folder)
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in sorted(opened.keys()):
-                if name not in expected:
-                    raise UserError(f"{file} holds a foreign tensor, {name}; save the network with "
-                                    "save_pretrained, adapters merged and without a prefix")
-                shape = opened.get_slice(name).get_shape()
-                if shape != expected.pop(name):
-                    raise UserError(f"{file}: {name} has the shape {shape}, which does not fit its "
-                                    "config.json")
-    if files and expected:
-        raise UserError(f"{folder} lacks the tensor {min(expected)}; copy all its files again")
+    expected, saved = net.state_dict(), saved_shapes(folder)
+    for name, (shape, file) in saved.items():
+        if name not in expected:
+            raise UserError(f"{file} holds a foreign tensor, {name}; save the network with "
+                            "save_pretrained, adapters merged and without a prefix")
+        if shape != list(expected[name].shape):
+            raise UserError(f"{file}: {name} has the shape {shape}, which does not fit its "
+                            "config.json")
+    refuse_missing(folder, expected.keys() - saved.keys())
+
+
+def refuse_missing(folder, missing):
+    """UserError when tensors are missing in a folder that is on this machine (no hub id)."""
+    if missing and weight_files(folder):
+        raise UserError(f"{folder} lacks the tensor {min(missing)}; copy all its files again")
 
 
 def parse_span(text, blocks):
@@ -301,11 +319,16 @@ def load_transformer(preset, dtype=torch.float32, everywhere=True):
     bf16. Eval and train mode are the same here: an MMDiT has no dropout. everywhere=False: the
     other processes get it without weights, which place() sends them in pieces."""
     if not everywhere and not first():
-        return empty_transformer(check_base(preset), dtype)
-    with loading("the transformer", preset.source):
+        return empty_transformer(base_config(preset), dtype)
+    return read_transformer(preset.source, "transformer", dtype)
+
+
+def read_transformer(source, part=None, dtype=torch.float32):
+    """An SD3 transformer from a folder or hub id or, when part is named, from that part of a
+    pipeline."""
+    with loading("the transformer", source):
         net = CachedSD3.from_pretrained(
-            preset.source, subfolder="transformer", torch_dtype=dtype,
-            variant=variant(preset, "transformer"),
+            source, subfolder=part, torch_dtype=dtype, variant=variant(Path(source) / (part or "")),
             use_safetensors=True)                         # a pickle could run a stranger's code
     return net.eval()
 
@@ -450,7 +473,7 @@ class Decoder:
         with loading("the VAE", preset.source):
             self.vae = AutoencoderKL.from_pretrained(
                 preset.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True,
-                variant=variant(preset, "vae"))
+                variant=variant(Path(preset.source) / "vae"))
         # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
         self.vae.to(device).eval().requires_grad_(False)
         if checkpointing:
@@ -548,7 +571,7 @@ def load_pipeline(preset, dtype, **parts):
         parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
     return StableDiffusion3Pipeline.from_pretrained(
         preset.source, torch_dtype=dtype, use_safetensors=True,
-        variant=variant(preset, "text_encoder"), **parts)
+        variant=variant(Path(preset.source) / "text_encoder"), **parts)
 
 
 class Prompts:
@@ -597,7 +620,7 @@ def encode_prompts(preset, texts, device):
     L is 77 + 256 for the real models, 8 for tiny, which has no T5."""
     from tqdm import tqdm
     device, size = torch.device(device), preset.encode_batch
-    empty = empty_transformer(check_base(preset))         # encode_prompt reads its config alone
+    empty = empty_transformer(base_config(preset))        # encode_prompt reads its config alone
     with loading("the text encoders", preset.source):
         pipe = load_pipeline(preset, frozen_dtype(device), transformer=empty, vae=None)
     encoders = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2,
@@ -626,17 +649,12 @@ def encode_prompts(preset, texts, device):
 def check_encoder(encoder, folder):
     """UserError when the files of a local folder lack a tensor of a text encoder: transformers
     would make it up at random."""
-    saved = set()
-    for file in weight_files(folder):
-        with safe_open(file, "pt") as opened:
-            saved |= set(opened.keys())
-    tensors = encoder.state_dict()
+    tensors, saved = encoder.state_dict(), saved_shapes(folder)
     # T5 has one table under two names, of which its file has one.
-    there = {tensors[name].data_ptr() for name in saved & tensors.keys()}
+    there = {tensors[name].data_ptr() for name in saved.keys() & tensors.keys()}
     missing = [name for name, tensor in tensors.items()
                if name not in saved and tensor.data_ptr() not in there]
-    if saved and missing:
-        raise UserError(f"{folder} lacks the tensor {min(missing)}; copy all its files again")
+    refuse_missing(folder, missing)
 
 
 def warn_of_long_prompts(pipe, preset, texts):

@@ -24,9 +24,9 @@ from run import (FORMAT, UserError, checkpoints, command, content_of, first, loa
                  parse_settings, read_json, replace_file, rng, write_json)
 from cache import CachedSD3, make_compensation, nfe
 from losses import euler, guidance_weight, guide, shift_sigma
-from model import (PRESETS, Decoder, Prompts, add_lora, base_content, call_network, check_base,
+from model import (PRESETS, Decoder, Prompts, add_lora, base_config, base_content, call_network,
                    check_whole, choose_prompts, empty_transformer, find_preset, loading, merge_lora,
-                   parse_span, pick_device, variant, velocity)
+                   parse_span, pick_device, read_transformer, variant, velocity)
 
 TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 COMMITTED = str(Path(__file__).resolve().parent / "tiny" / "student")    # the default runs' result
@@ -170,7 +170,7 @@ def count_nfe(preset, span, steps=2):
     # The paper counts blocks. Blocks are not all of a pass (embedding, projection), not all alike
     # (SD3.5-Medium has two kinds), and f is not free: so FLOPs are counted, too.
     with torch.device("meta"):
-        net = CachedSD3.from_config(preset.architecture or check_base(preset)).eval()
+        net = CachedSD3.from_config(preset.architecture or base_config(preset)).eval()
         f = make_compensation(net.inner_dim)
     config = net.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -211,7 +211,7 @@ def recipe_of(preset, stage, steps, alpha, guidance, shape, size=None):
     # student in fp32.
     dtype = "torch_dtype=torch." + ("float32" if preset.captions == "tiny" else "float16")
     student = f"SD3Transformer2DModel.from_pretrained('RUN/student', {dtype})"
-    half_only = ", variant='fp16'" if variant(preset, "vae") else ""
+    half_only = ", variant='fp16'" if variant(Path(preset.source) / "vae") else ""
     return {
         "format": FORMAT,
         "base": preset.name,                              # whose VAE and text encoders it needs
@@ -314,7 +314,7 @@ def few_step_config(source, preset):
         except OSError:                                   # a whole pipeline, then
             config, part = CachedSD3.load_config(source, subfolder="transformer"), "transformer"
     # Inputs and latents must be the base's: its encoders and its VAE are used.
-    base = check_base(preset)
+    base = base_config(preset)
     for key in ("_class_name", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
         if config.get(key) != base.get(key):
             raise UserError(f"{source} has {key} = {config.get(key)}; its base has {base.get(key)}")
@@ -325,10 +325,7 @@ def load_few_step(source, preset, dtype=torch.float32):
     """That transformer, in eval mode."""
     config, part = few_step_config(source, preset)
     check_whole(empty_transformer(config), Path(source) / (part or ""))
-    with loading("the few-step transformer", source):
-        net = CachedSD3.from_pretrained(source, subfolder=part, torch_dtype=dtype,
-                                        use_safetensors=True)
-    return net.eval()
+    return read_transformer(source, part, dtype)
 
 
 def load_student(folder, preset, recipe, device, dtype=torch.float32):
@@ -345,9 +342,9 @@ def load_student(folder, preset, recipe, device, dtype=torch.float32):
         if finished:
             config = CachedSD3.load_config(weights)
             check_whole(empty_transformer(config), weights)
-            student = CachedSD3.from_pretrained(weights, torch_dtype=dtype, use_safetensors=True)
+            student = read_transformer(weights, dtype=dtype)
         else:
-            student = CachedSD3.from_config(check_base(preset))
+            student = CachedSD3.from_config(base_config(preset))
             if recipe.get("lora_rank"):                   # a checkpoint holds adapters, not merged
                 add_lora(student, recipe["lora_rank"], seed=0)
             student.load_state_dict(load_file(weights / "student.safetensors"))

@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss, guidance_weight
-from model import (Decoder, Discriminator, Prompts, add_lora, base_content, check_base,
-                   choose_prompts, draw_pool, empty_transformer, find_preset, frozen_dtype,
-                   load_transformer, lora_base_dtype, not_shadowed, parse_span, pick_device, place,
-                   save_transformer)
+from model import (Decoder, Discriminator, Prompts, add_lora, base_config, base_content,
+                   check_base, choose_prompts, draw_pool, empty_transformer, find_preset,
+                   frozen_dtype, load_transformer, lora_base_dtype, not_shadowed, parse_span,
+                   pick_device, place, save_transformer)
 from sampler import (Gallery, cached_velocity, check_same_base, few_step_config, image_noise,
                      keep_recipe, load_few_step, load_scheduler, load_student, read_recipe,
                      recipe_of, roll_out, sample_guided, sigma_grid, student_content,
@@ -325,7 +325,7 @@ def main(argv):
     # No fake score any more, and the teacher only while it makes the references: Stage II needs far
     # less memory than Stage I.
     prompts = Prompts(preset, texts, device, run.folder.parent)    # frees the text encoders again
-    student = empty_transformer(check_base(preset))
+    student = empty_transformer(base_config(preset))
     if first():                                           # place() sends the others their pieces
         dtype = lora_base_dtype(device) if settings.lora_rank else torch.float32
         student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"), dtype)
