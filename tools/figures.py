@@ -60,8 +60,8 @@ class Settings:
     more: list = option(None, "further runs for cost.png, for instance one of four steps")
     samples_per_prompt: int = option(16, "samples of each of the 24 captions", low=2, high=1024)
     seed: int = option(300, "of the start noises; not the training's", low=0, high=2**31 - 1)
-    caption: str = option("a red circle", "caption of paths.png", choices=tuple(CAPTIONS))
-    noise: int = option(4, "which of the noises paths.png starts from", low=0, high=2**31 - 1)
+    caption: str = option("a blue triangle", "caption of paths.png", choices=tuple(CAPTIONS))
+    noise: int = option(45, "which of the noises paths.png starts from", low=0, high=2**31 - 1)
     out: str = option("assets", "folder of the pictures")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
     debug: bool = option(False, "show tracebacks")
@@ -187,7 +187,7 @@ def show_picture(axes, picture):
 # ================================================================== paths.png
 
 # Dense where the scene is decided, sparse where only edges change.
-SHOWN = (0, 2, 4, 6, 9, 14, 18, 22, 25, 27)               # of 28 steps; 14 is σ = 0.74
+SHOWN = (0, 2, 4, 6, 9, 14, 18, 22, 25)                   # of 28 steps; 14 is σ = 0.74
 
 
 @torch.inference_mode()
@@ -225,7 +225,8 @@ def student_path(bench, noise, prompt, student, span, f):
 
 
 def path_rows(bench, caption, noise):
-    """[(label, colour, path)] of paths.png: three teachers, one in a hurry, two students."""
+    """[(label, colour, path)] of paths.png: three teachers, one in a hurry, two students. The
+    last of a path is the result."""
     settings = bench.settings
     # The noise is drawn as for every other picture, by its index alone.
     noise = image_noise(settings.seed, [noise], bench.recipe["latent_shape"]).to(bench.device)
@@ -237,52 +238,68 @@ def path_rows(bench, caption, noise):
                             (f"teacher, w = {bench.w:g}\nwhere σ ≤ {bench.alpha:g}", bench.w,
                              bench.alpha)):
         path = teacher_path(bench, noise, prompt, bench.stock, w, alpha)
-        rows.append((label, TEACHER, [path[i] for i in SHOWN]))
+        rows.append((label, TEACHER, [path[i] for i in (*SHOWN, -1)]))
     # The same network in as few steps as the student, so that the gain is the distillation's.
     two = teacher_path(bench, noise, prompt, bench.two, 1.0, 1.0)
-    rows.append(("teacher, two steps,\nnot distilled", TEACHER, two))
-    student, _, _ = bench.run("stage1")
-    rows.append(("Stage I,\ntwo steps", STUDENT,
-                 student_path(bench, noise, prompt, student, None, None)))
+    # The guess of the second of two steps is the result.
+    rows.append(("teacher, two steps,\nnot distilled", TEACHER, [*two, two[-1]]))
+    one, _, _ = bench.run("stage1")
+    path = student_path(bench, noise, prompt, one, None, None)
+    rows.append(("Stage I,\ntwo steps", STUDENT, [*path, path[-1]]))
     # With its span skipped and f in its place: exactly what the finished method does.
-    rows.append(("Stage II,\nblocks skipped", STUDENT,
-                 student_path(bench, noise, prompt, *bench.run("stage2"))))
+    path = student_path(bench, noise, prompt, *bench.run("stage2"))
+    rows.append(("Stage II,\nblocks skipped", STUDENT, [*path, path[-1]]))
     return rows
 
 
 def draw_paths(bench):
-    """paths.png: a row for each network, a column for each noise level."""
+    """paths.png: a row for each network, a column for each noise level, then the results."""
     settings = bench.settings
     rows = path_rows(bench, settings.caption, settings.noise)
     # The columns are noise levels, not step numbers: only so the rows can be compared downwards.
     levels = [round(bench.stock[i].item(), 2) for i in SHOWN]
-    figure = figure_of(1.12 * len(SHOWN) + 1.9, 1.36 * len(rows) + 0.9)
-    grid = figure.subplots(len(rows), len(SHOWN) + 1,
-                           gridspec_kw={"width_ratios": [1.5, *[1] * len(SHOWN)]})
+    figure = figure_of(1.12 * len(SHOWN) + 3.2, 1.36 * len(rows) + 0.9)
+    grid = figure.subplots(len(rows), len(SHOWN) + 2,
+                           gridspec_kw={"width_ratios": [1.5, *[1] * len(SHOWN), 1.15]})
     for (label, color, path), line in zip(rows, grid, strict=True):
         # Most fields of the students' rows stay empty: these steps they do not take.
         for axes in line:
             axes.axis("off")
         line[0].text(1, 0.5, label, ha="right", va="center", color=color, size=11,
                      transform=line[0].transAxes)
-        for sigma, picture, spent, guided in path:
+        for sigma, picture, spent, guided in path[:-1]:
             # A student's two steps stand where the teacher has the same noise level.
             column = min(range(len(levels)), key=lambda i: abs(levels[i] - sigma))
             axes = line[column + 1]                       # field 0 holds the row's name
-            axes.axis("on")
             show_picture(axes, picture.cpu())
-            last = spent == path[-1][2]
-            axes.set_xlabel(f"{spent:.4g}" + (" evaluations" if last else " · w" * guided),
-                            size=9, labelpad=3, color=color if last else INK,
-                            weight="bold" if last else "normal")
-            if last:                                      # this one is the result
-                axes.spines[:].set(color=color, linewidth=3)
-    for level, axes in zip(levels, grid[0][1:], strict=True):
+            axes.axis("on")
+            axes.set_xlabel(f"{spent:.4g}" + " · w" * guided, size=9, labelpad=3)
+        _, picture, spent, _ = path[-1]
+        show_picture(line[-1], picture.cpu())
+        line[-1].axis("on")
+        line[-1].spines[:].set(color=color, linewidth=3)
+        line[-1].set_xlabel(f"{spent:.4g} evaluations", size=9, color=color, weight="bold")
+    for level, axes in zip(levels, grid[0][1:], strict=False):
         axes.set_title(f"σ = {level:g}", size=10)
+    grid[0][-1].set_title("result", size=10, weight="bold")
     figure.suptitle(f"“{settings.caption}” from one noise: what each network guesses the picture "
                     "to be (x̂0), step by step\nbelow: network evaluations spent so far; "
-                    "· w: this step is guided; framed: the result", size=12)
+                    "· w: this step is guided, which doubles its cost", size=12)
+    mark_alpha(figure, grid, levels, bench.alpha)
     save(figure, settings.out, "paths")
+
+
+def mark_alpha(figure, grid, levels, alpha):
+    """A line between the columns above and below α."""
+    from matplotlib.lines import Line2D
+    above = sum(level > alpha for level in levels)
+    if not 0 < above < len(levels):
+        return
+    figure.draw_without_rendering()                       # only now the fields have their places
+    left, right = grid[0][above].get_position(), grid[0][above + 1].get_position()
+    x, bottom = (left.x1 + right.x0) / 2, grid[-1][0].get_position().y0
+    figure.add_artist(Line2D([x, x], [bottom, left.y1], color=GREY, linestyle="--"))
+    figure.text(x, bottom, f"α = {alpha:g}", ha="center", va="top", color=GREY, size=10)
 
 
 # ================================================================== collapse.png
@@ -308,9 +325,9 @@ def draw_collapse(bench):
         # Named, since cost.png asks for the guided teacher's pictures again: 56 passes each.
         panels.append((label, count, TEACHER,
                        bench.pictures(name, bench.by_teacher(guidance, bench.stock))))
-    for name, label in (("plain", "plain DMD: teacher guided at all levels"),
-                        ("stage1", f"Stage I: teacher guided where σ ≤ {bench.alpha:g}"),
-                        ("stage2", "Stage II after it")):
+    for name, label in (("plain", "plain DMD: student of the teacher above"),
+                        ("stage1", f"Stage I: its teacher is guided where σ ≤ {bench.alpha:g}"),
+                        ("stage2", "Stage II, which goes on from Stage I")):
         student, span, f = bench.run(name)
         count = nfe(2, span, len(student.transformer_blocks)) if span else 2
         panels.append((label, count, STUDENT,
@@ -328,9 +345,10 @@ def draw_collapse(bench):
                   transform=axes.transAxes)
     for axes in places[:, 0]:
         axes.set_ylabel("share of pictures")
-    figure.suptitle("Which scene comes behind the shape? One bar is one caption; its lowest part "
-                    "is the usual scene of its shape (dashed: its share in the data).\n"
-                    "Many colours in a bar and a high entropy are good; one colour is collapse.\n",
+    figure.suptitle(f"Which scene comes behind the shape? A bar is a caption, {n} pictures; its "
+                    "lowest part is the usual scene of its shape (dashed: that part's height in "
+                    "the data).\nGood is what looks like the data; bars of one colour are the "
+                    "collapse. Entropy of the scenes: mean over the captions; 1.39 at most.\n",
                     size=12)
     # One legend for all, under the panels.
     handles = [axes.patches[0].__class__((0, 0), 1, 1, color=color)
@@ -381,53 +399,46 @@ def window_probability(weights, high, low):
 
 def draw_guidance(bench):
     """guidance.png: density of the re-noise levels in the two windows; α and its two sides."""
-    figure = figure_of(13, 4.6)
-    panels = figure.subplots(1, 2)
+    figure = figure_of(13, 4.4)
+    panels = figure.subplots(1, 2, sharey=True)
     for k, axes in enumerate(panels):
         # Step k is judged between the level it starts from and the one it ends at.
         high, low = bench.two[k].item(), bench.two[k + 1].item()
-        for name, label, style in (("official", "student's levels, official curve", "-"),
-                                   ("paper", "student's levels, paper's plot", ":"),
-                                   ("uniform", "fake score's levels", "--")):
-            sigma, probability = window_probability(importance_curve(name), high, low)
-            # The grid is even in u, not in σ: density over σ is probability ÷ distance in σ.
-            width = -torch.gradient(sigma.double())[0]
-            axes.plot(sigma, probability / width, style, label=label,
-                      color=STUDENT if name != "uniform" else GREY)
-            if name == "official":
-                # Where no curve is in the way of the words.
-                fill_sides(axes, sigma, probability, width, bench, height=0.1 + 0.2 * k)
-        # Room above the curves for the name of α.
-        axes.set(xlim=(low, high), ylim=(0, 1.12 * axes.get_ylim()[1]),
-                 ylabel="density of the level drawn, per unit σ",
-                 xlabel="re-noise level σ: where teacher and fake score judge the student's sample")
+        sigma, probability = window_probability(importance_curve("official"), high, low)
+        # The grid is even in u, not in σ: density over σ is probability ÷ distance in σ.
+        density = probability / -torch.gradient(sigma.double())[0]
+        axes.plot(sigma, density, color=INK)
+        # Where the curve is not in the way of the words.
+        fill_sides(axes, sigma, probability, density, bench, height=0.08 + 0.17 * k)
+        axes.set(xlim=(low, high), xlabel="noise level σ to which the student's sample is brought")
         axes.set_title(f"step {k + 1} of 2: the student goes from σ = {high:g} to {low:g}",
                        weight="bold", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].legend(frameon=False, loc="upper left")
-    figure.suptitle("Stage I: where is the student judged, and is the teacher guided there? "
-                    f"(Eq. 4; σ = 1 is noise)\ngreen: guided with w = {bench.w:g}, right but "
-                    "collapsed; red: not guided, the layouts stay varied", size=12)
+    panels[0].set(ylim=(0, None), ylabel="how often (density over σ)")
+    figure.suptitle("Stage I: at which noise levels do teacher and fake score judge the student, "
+                    "and is the teacher guided there?\nGuidance makes pictures right, but alike. "
+                    f"So it is off above α = {bench.alpha:g} (paper, Eq. 4), where layouts are "
+                    "decided.", size=12)
     save(figure, bench.settings.out, "guidance")
 
 
-def fill_sides(axes, sigma, probability, width, bench, height):
+def fill_sides(axes, sigma, probability, density, bench, height):
     """Fills a window's density on both sides of α and writes, at a height from 0 to 1, how much of
     the draws is there."""
     # The rule itself is asked, not α: whoever changes guidance_weight sees it here.
     guided = guidance_weight(sigma, bench.w, bench.alpha) != 1
-    density = probability / width
-    for side, color, label in ((guided, TEACHER, "guided"), (~guided, RED, "not guided")):
+    for side, color, label in ((guided, TEACHER, f"guided, w = {bench.w:g}"),
+                               (~guided, GREY, "not\nguided")):
         if side.any():
-            axes.fill_between(sigma[side], density[side], color=color, alpha=0.18, linewidth=0)
+            axes.fill_between(sigma[side], density[side], color=color, alpha=0.25, linewidth=0)
             share = probability[side].sum().item()
             middle = (sigma[side].max() + sigma[side].min()).item() / 2
-            axes.text(middle, height, f"{100 * share:.0f} % of draws\n{label}", ha="center",
-                      color=color, size=12, weight="bold", transform=axes.get_xaxis_transform())
+            axes.text(middle, height, f"{100 * share:.0f} %\n{label}", ha="center", color=INK,
+                      size=12, weight="bold", transform=axes.get_xaxis_transform())
     # In the second window α lies outside: nothing to mark.
     if guided.any() and not guided.all():
         axes.axvline(bench.alpha, color=INK)
-        axes.text(bench.alpha, 0.99, f"α = {bench.alpha:g} ", ha="right", va="top", size=12,
+        axes.text(bench.alpha, 0.97, f"α = {bench.alpha:g} ", ha="right", va="top", size=12,
                   transform=axes.get_xaxis_transform())
 
 
@@ -471,18 +482,20 @@ def draw_cache(bench):
     for j, (label, name, *path) in enumerate(columns):
         # Counted over all captions; four pictures are too few to judge by.
         pictures = bench.pictures(name if name != "full" else "stage1", bench.by_student(*path))
-        correct = measure(pictures, captions)["correct"].mean().item()
+        measured = measure(pictures, captions)
+        correct, entropy = measured["correct"].mean(), measured["scene_entropy"].mean()
         grid[0][j].set_title(label, color=STUDENT if j else INK, size=10)
         for i, caption in enumerate(COMPARED):
             show_picture(grid[i][j], pictures[CAPTIONS.index(caption) * n])
-        grid[-1][j].set_xlabel(f"{100 * correct:.0f} % right\n"
-                               f"{nfe(2, path[1], 12) if path[1] else 2:.4g} evaluations", size=10)
+        grid[-1][j].set_xlabel(f"{100 * correct:.0f} % right\n{entropy:.2f} nats", size=10)
         grid[0][j].spines[:].set(linewidth=0.8)
     for i, caption in enumerate(COMPARED):
         grid[i][0].set_ylabel(caption.removeprefix("a ").replace(" ", "\n"), size=9)
-    right.suptitle(f"Step two without blocks {span[0]}–{span[1]}, from the same noises\n"
-                   f"(“% right” counts {len(captions)} pictures: one point more or less is chance)",
-                   size=12)
+    right.suptitle(f"Step two without blocks {span[0]}–{span[1]}: {nfe(2, span, 12):.4g} "
+                   "evaluations, with them 2\n(from the same noises; below: how many of "
+                   f"{len(captions)} are right,\nand the entropy of their scenes; two points are "
+                   "chance)",
+                   size=11)
     left.suptitle("How much does what a block adds\nchange from step one to step two?", size=12)
     save(figure, bench.settings.out, "cache")
 
@@ -496,7 +509,7 @@ def draw_blocks(axes, changes, span):
                  label=f"skipped in step two: {span[0]}–{span[1]}")
     axes.set(xlabel="block", xticks=range(len(changes["image"])), ylim=(0, None),
              ylabel="Σ|step two − step one| ÷ Σ|step one|\n"
-                    "(low is good: the block does the same again)")
+                    "(0: a block adds the same again; 1: the change is as large)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
 
@@ -517,7 +530,7 @@ def cost_paths(bench):
              bench.by_teacher(1.0, bench.two), TEACHER),
             ("Stage I, 2 steps", "stage1", 2.0, True, bench.by_student(one), STUDENT),
             (f"Stage II, blocks {span[0]}–{span[1]} by f", "stage2", nfe(2, span, blocks), True,
-             bench.by_student(two, span, f), RED)]
+             bench.by_student(two, span, f), STUDENT)]
     # What a narrower and a wider span would cost, without another training.
     for other in ((1, 3), (1, 4), (1, 6)):
         rows.append((f"Stage I, blocks {other[0]}–{other[1]} reused", f"reused {other}",
@@ -552,46 +565,44 @@ def time_paths(bench, rows, size=8, rounds=25):
 
 
 def draw_cost(bench):
-    """cost.png: left evaluations and seconds, right accuracy; filled is trained for its point."""
+    """cost.png: evaluations and seconds, accuracy, entropy; filled is trained for its point."""
     rows, n = cost_paths(bench), bench.settings.samples_per_prompt
     seconds = time_paths(bench, rows)
     captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)
-    figure = figure_of(13, 5)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.1, 1])
-    # A row is one way to a picture: left what it costs, right what it is worth.
+    figure = figure_of(13, 4.8)
+    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[1.25, 1, 0.8])
+    # A row is one way to a picture: left what it costs, then what it is worth.
     for y, (_, name, count, trained, sample, color) in enumerate(rows):
-        how = {"color": color} if trained else {"facecolor": "white", "edgecolor": color,
-                                                "hatch": "////"}
-        left.barh(y, seconds[name], 0.62, **how)
-        left.plot([count, count], [y - 0.42, y + 0.42], color=INK, linewidth=2)
-        left.text(max(seconds[name], count) * 1.12, y, f"{count:.4g} evaluations, "
-                  f"{seconds[name]:.3g}× the seconds of one", va="center", size=9.5)
+        dot = {"marker": "o", "markersize": 9, "markeredgewidth": 2, "color": color,
+               "markerfacecolor": color if trained else "white"}
+        left.plot(count, y, "|", color=INK, markersize=20, markeredgewidth=2)
+        left.plot(seconds[name], y, **dot)
+        left.text(max(seconds[name], count) * 1.35, y, f"{count:.4g} evaluations", va="center",
+                  size=9.5)
         measured = measure(bench.pictures(name, sample), captions)
-        by_caption = measured["correct"].reshape(-1, n)                   # 24×n
-        low, high = bootstrap(by_caption.mean(1))
-        mean, entropy = by_caption.mean().item(), measured["scene_entropy"].mean().item()
-        right.plot([low, high], [y, y], color=color, linewidth=2)
-        right.plot(mean, y, "o", color=color, markersize=9,
-                   markerfacecolor=color if trained else "white", markeredgewidth=2)
-        right.text(1.03, y, f"{mean:.3f}   {entropy:.2f} nats", va="center", size=9.5)
+        for axes, values, digits in ((middle, measured["correct"].reshape(-1, n).mean(1), 3),
+                                     (right, measured["scene_entropy"], 2)):      # both [24]
+            axes.plot(bootstrap(values), [y, y], color=color, linewidth=2)
+            axes.plot(values.mean(), y, **dot)
+            axes.text(1.02, y, f"{values.mean():.{digits}f}", va="center", size=9.5,
+                      transform=axes.get_yaxis_transform())
     left.set_yticks(range(len(rows)), [row[0] for row in rows])
-    left.invert_yaxis()                                   # the first row on top
-    # From 1.5 to 56: on a linear axis the students' bars would be one line.
+    left.set_ylim(len(rows) - 0.5, -0.5)                  # the first row on top
+    # From 1.5 to 56: on a linear axis the students would stand on one place.
     left.set_xscale("log")
-    left.set(xlim=(0.8, 2500), xlabel="bar: measured seconds, in those of one full forward (log "
-             "scale; low is good)\nblack mark: network evaluations counted in blocks")
-    left.set_xticks([1, 2, 4, 10, 56], ["1", "2", "4", "10", "56"])
+    left.set(xlim=(1.2, 600), title="what it costs",
+             xlabel="mark: network evaluations, by blocks\ndot: seconds, in those of one forward")
+    left.set_xticks([1.5, 2, 4, 10, 56], ["1.5", "2", "4", "10", "56"])
     left.minorticks_off()
-    right.set_xlim(None, 1.25)
-    right.set_xticks([0.4, 0.6, 0.8, 1.0])
-    right.set_xlabel("pictures with the caption's shape and colour (1 is best; line: 95 %)\n"
-                     "in nats: entropy of the scenes (high is varied)")
-    for axes in (left, right):
+    middle.set(title="right", xlabel="share with the caption's\nshape and colour (1 is best)")
+    right.set(title="varied", xlabel="entropy of the scenes in nats\n(the data: about 1.1)",
+              xlim=(0, None))
+    for axes in (left, middle, right):
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("What a picture costs and what it is worth. Filled: trained for that many "
-                    "evaluations.\nHatched and hollow: not trained for it (reused: Δ0 as it is, "
-                    "without f).", size=12)
+    figure.suptitle("Ways to a picture, from dear to cheap. Filled: trained for that many "
+                    "evaluations. Hollow: not trained for it\n(reused: Δ0 as it is, without f). "
+                    "Lines: 95 % interval over captions.", size=12)
     save(figure, bench.settings.out, "cost")
 
 

@@ -164,9 +164,10 @@ def picture_networks(preset, stage):
 
 
 def networks(stage, settings, config, span, half, checkpointing, decode, discriminator):
-    """{kind: network} of a stage on the meta device, as its script makes them. Sets checkpointing
-    in the decoder, too."""
+    """{kind: network} of a stage on the meta device, as its script makes them. Sets dtype and
+    checkpointing of the decoder, too."""
     frozen = torch.bfloat16 if half else torch.float32
+    decode.vae.to(frozen)
     student = empty_transformer(config)
     nets = {"student": student}
     if stage == 1:

@@ -372,3 +372,16 @@ def test_the_second_process_never_holds_a_whole_network(small_sd3, tmp_path):  #
     assert process.returncode == 0, process.stderr[-2000:]
     share = float(process.stdout.split("SHARE")[1].split()[0])
     assert 0.5 < share < 0.9, "half of the network, and what is on its way"
+
+
+def test_pictures_of_a_gpus_decoder_look_the_same(monkeypatch):
+    """On a GPU the VAE is in bf16. Catches a decoder that loses more than the eye sees."""
+    tiny, cpu = model.find_preset("tiny"), torch.device("cpu")
+    latents = sampler.image_noise(0, range(24), (4, 8, 8)) / 2      # any colours and edges
+    with torch.no_grad():
+        exact = model.Decoder(tiny, cpu)(latents).clamp(0, 1)
+        monkeypatch.setattr(model, "frozen_dtype", lambda device: torch.bfloat16)
+        half = model.Decoder(tiny, cpu)(latents)
+    assert half.dtype == torch.float32
+    levels = 255 * (half.clamp(0, 1) - exact).abs()
+    assert 0 < levels.mean() < 1 and levels.max() < 16
