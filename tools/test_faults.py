@@ -27,7 +27,7 @@ import model
 import sampler
 import train_stage1
 import train_stage2
-from test_all import SMALL, STAGE2, TINY, small_sd3, weights  # noqa: F401
+from test_all import SMALL, STAGE2, TINY
 from tools import prompt_files
 from tools.test_tools import assert_same_student, lines_of, one_process, refused  # noqa: F401
 
@@ -229,7 +229,7 @@ def test_what_is_no_prompt_file_is_refused_by_name_and_line(name, text, words, t
     assert words in str(refusal.value) and name in str(refusal.value)
 
 
-def test_prompts_longer_than_clip_reads_are_counted(small_sd3, capsys):  # noqa: F811
+def test_prompts_longer_than_clip_reads_are_counted(small_sd3, capsys):
     """Catches a file of long prompts whose ends only T5 sees."""
     preset = model.find_preset(str(small_sd3))
     model.Prompts(preset, ["a cat", "a very old cat " * 8], "cpu")

@@ -26,7 +26,7 @@ import model
 import sampler
 import train_stage1
 import train_stage2
-from test_all import SMALL, STAGE2, finished, small_sd3, weights  # noqa: F401
+from test_all import SMALL, STAGE2, weights
 from tools.test_tools import assert_same_student, lines_of, one_process, refused  # noqa: F401
 
 HERE = Path(model.__file__).parent
@@ -44,7 +44,7 @@ def few_turns(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def stage1(small_sd3, tmp_path_factory):  # noqa: F811
+def stage1(small_sd3, tmp_path_factory):
     """A Stage I run of the stand-in."""
     out = tmp_path_factory.mktemp("real") / "stage1"
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +76,7 @@ def sample(folder, out):
 # ----------------------------------------------------------------------------- forms of the folder
 
 @pytest.mark.parametrize("form", ["sharded", "fp16"])
-def test_sharded_and_half_precision_folders_simply_load(form, small_sd3, stage1,  # noqa: F811
+def test_sharded_and_half_precision_folders_simply_load(form, small_sd3, stage1,
                                                         tmp_path):
     """As the hub has them. Catches a loader that looks for one file of one name."""
     dtype = torch.float16 if form == "fp16" else torch.float32
@@ -96,7 +96,7 @@ def test_sharded_and_half_precision_folders_simply_load(form, small_sd3, stage1,
         assert line["loss_fake"] == pytest.approx(lines_of(stage1)[-1]["loss_fake"], rel=1e-2)
 
 
-def test_the_stock_call_is_code_that_runs_on_a_half_precision_base(small_sd3, tmp_path):  # noqa: F811
+def test_the_stock_call_is_code_that_runs_on_a_half_precision_base(small_sd3, tmp_path):
     """distill.json's stock_call, evaluated, on a base whose files are fp16, gives the student's
     picture. Catches encoders in half and a student in fp32: "Input type (c10::Half) …"."""
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -128,7 +128,7 @@ def test_the_stock_call_is_code_that_runs_on_a_half_precision_base(small_sd3, tm
 
 # ----------------------------------------------------------------------------- to the end
 
-def test_a_lora_run_is_sampled_before_and_after_its_end(small_sd3, stage1, tmp_path,  # noqa: F811
+def test_a_lora_run_is_sampled_before_and_after_its_end(small_sd3, stage1, tmp_path,
                                                         monkeypatch, capsys):
     """G's and D's turns, stopped in between, sampled, gone on with, merged. Catches a checkpoint
     with adapters that the sampler takes for a broken student."""
@@ -157,7 +157,7 @@ def test_a_lora_run_is_sampled_before_and_after_its_end(small_sd3, stage1, tmp_p
                               merged["transformer_blocks.2.attn.to_q.weight"], atol=1e-3)
 
 
-def test_the_base_under_lora_may_be_in_half_precision(small_sd3, stage1, tmp_path,  # noqa: F811
+def test_the_base_under_lora_may_be_in_half_precision(small_sd3, stage1, tmp_path,
                                                       monkeypatch):
     """As on one GPU. Catches adapters that learn in half precision, and a merge that rounds the
     weights that never learned."""
@@ -177,7 +177,7 @@ def test_the_base_under_lora_may_be_in_half_precision(small_sd3, stage1, tmp_pat
 
 
 @pytest.mark.slow
-def test_every_tool_takes_the_folder(small_sd3, stage1, tmp_path, capsys):  # noqa: F811
+def test_every_tool_takes_the_folder(small_sd3, stage1, tmp_path, capsys):
     """The span finder, the benchmark, the plan, on a folder with fewer blocks than the preset's
     span."""
     from tools import benchmark, find_span
@@ -191,7 +191,7 @@ def test_every_tool_takes_the_folder(small_sd3, stage1, tmp_path, capsys):  # no
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")     # of Dynamo itself
-def test_compiled_blocks_give_the_same_run(small_sd3, stage1, tmp_path, monkeypatch):  # noqa: F811
+def test_compiled_blocks_give_the_same_run(small_sd3, stage1, tmp_path, monkeypatch):
     """--compile. Catches weights that are saved under compiled names."""
     compiled, real = [], torch.nn.Module.compile
 
@@ -209,7 +209,7 @@ def test_compiled_blocks_give_the_same_run(small_sd3, stage1, tmp_path, monkeypa
 
 # ----------------------------------------------------------------------------- made once
 
-def test_prompts_are_encoded_once_for_all_runs(small_sd3, tmp_path, monkeypatch):  # noqa: F811
+def test_prompts_are_encoded_once_for_all_runs(small_sd3, tmp_path, monkeypatch):
     """In one file beside the runs, in full batches. Catches encoders that are read again, and
     prompts whose last bits depend on their neighbours."""
     preset = model.find_preset(str(small_sd3))
@@ -229,7 +229,7 @@ def test_prompts_are_encoded_once_for_all_runs(small_sd3, tmp_path, monkeypatch)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_interrupted_references_go_on_where_they_were(small_sd3, stage1, tmp_path,  # noqa: F811
+def test_interrupted_references_go_on_where_they_were(small_sd3, stage1, tmp_path,
                                                       monkeypatch):
     """Hours for a real model. Catches a kill that loses all, and references that differ by it."""
     words = ["--model", str(small_sd3), *TURNS, "--init", str(stage1), "--iterations", "1", "--out"]
@@ -256,7 +256,7 @@ def test_interrupted_references_go_on_where_they_were(small_sd3, stage1, tmp_pat
         assert torch.equal(pictures, load_file(folders[1] / file.name)["pictures"])
 
 
-def test_others_few_step_students_make_references_and_rows(finished, tmp_path,  # noqa: F811
+def test_others_few_step_students_make_references_and_rows(finished, tmp_path,
                                                            capsys):
     """A transformer folder with a number of steps, here our own: its references are those of the
     run with as many steps; its row in the table is the run's own."""
@@ -290,7 +290,7 @@ def other_channels(run_folder, tmp_path):
 
 # ----------------------------------------------------------------------------- checkpoints, memory
 
-def test_a_checkpoint_holds_one_part_at_a_time(small_sd3, tmp_path, monkeypatch):  # noqa: F811
+def test_a_checkpoint_holds_one_part_at_a_time(small_sd3, tmp_path, monkeypatch):
     """49 GB for SD3-Medium in Stage I. Catches all parts gathered before the first is written."""
     alive, most, real = [], [], run.save_tensors
 
@@ -352,7 +352,7 @@ main()
 """
 
 
-def test_the_second_process_never_holds_a_whole_network(small_sd3, tmp_path):  # noqa: F811
+def test_the_second_process_never_holds_a_whole_network(small_sd3, tmp_path):
     """Two processes with gloo; peak resident memory. Catches eight copies of SD3.5-Large, 300 GB,
     in one machine's memory; and pieces that are not the first process's weights."""
     config = dict(model.PRESETS["sd3-medium"].architecture, num_layers=12, num_attention_heads=8,

@@ -40,8 +40,7 @@ import model
 import sampler
 import train_stage1
 import train_stage2
-from test_all import (SMALL, TINY, finished, finished2, seeded, small_sd3,  # noqa: F401
-                      stock_pipe, teacher, weights)
+from test_all import SMALL, TINY, seeded, weights
 from tiny import make_teacher, world
 from tools import plan, prompt_files, random_model, rehearsal
 
@@ -138,7 +137,7 @@ def test_measure_counts_what_the_reader_sees():
     assert wrong["correct"].max() == 0
 
 
-def test_the_committed_teacher_makes_right_pictures_in_the_stock_pipeline(stock_pipe):  # noqa: F811
+def test_the_committed_teacher_makes_right_pictures_in_the_stock_pipeline(stock_pipe):
     """Nothing of ours between caption and picture; catches a broken export."""
     captions = torch.arange(0, 24, 2)
     images = stock_pipe([world.CAPTIONS[c] for c in captions],
@@ -286,7 +285,7 @@ def test_a_digest_sees_names_types_shapes_and_bytes():
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+        finished, tmp_path, monkeypatch, capsys):
     """One bit of a whole training's newest checkpoint flips: the same command says so, and ends as
     if nothing had happened."""
     monkeypatch.setattr(sampler.Gallery, "save", lambda *a: None)
@@ -303,7 +302,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert lines_of(finished) == lines_of(out)
 
 
-def test_shapes_that_do_not_fit_are_one_line(finished, tmp_path, capsys):  # noqa: F811
+def test_shapes_that_do_not_fit_are_one_line(finished, tmp_path, capsys):
     """A recipe, a student and a checkpoint of another model, hashes and all."""
     out = tmp_path / "run"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("checkpoint-000001"))
@@ -440,7 +439,7 @@ def test_metrics_of_what_was_not_saved_are_dropped(tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
-        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+        finished, tmp_path, monkeypatch, capsys):
     """Pre-emptible machines: catches a signal that is lost or a checkpoint that is not written."""
     monkeypatch.setattr(sampler.Gallery, "save", lambda *a: None)
     out, real = tmp_path / "stopped", run.clip_and_step
@@ -477,7 +476,7 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_runs_killed_at_random_moments_end_as_the_undisturbed_run(
-        stage, finished, tmp_path, monkeypatch):  # noqa: F811
+        stage, finished, tmp_path, monkeypatch):
     """kill -9 while it trains, then the same command: nothing of the result may differ. Once for
     each stage; FAULTS=20 in the environment kills both 20 times, at any moment from the start."""
     faults, total = int(os.environ.get("FAULTS", 1)), {1: 4, 2: 8}[stage]
@@ -512,7 +511,7 @@ def test_runs_killed_at_random_moments_end_as_the_undisturbed_run(
     assert [line["iteration"] for line in lines_of(killed)] == list(range(1, total + 1))
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(small_sd3, tmp_path):  # noqa: F811
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(small_sd3, tmp_path):
     """A real one: a tmpfs takes two checkpoints, not a third. With room again the same command
     goes on."""
     program = """if True:
@@ -586,7 +585,7 @@ def test_only_three_bad_iterations_in_a_row_stop_a_run(tmp_path):
         trained.check_finite(1, student=nan)
 
 
-def test_a_finished_run_says_so_and_does_nothing(finished, capsys):  # noqa: F811
+def test_a_finished_run_says_so_and_does_nothing(finished, capsys):
     """Catches a second training, or a rewritten result."""
     stamp = (finished / "student" / "config.json").stat().st_mtime_ns
     train_stage1.main([*SMALL, "--iterations", "2", "--out", str(finished)])
@@ -594,7 +593,7 @@ def test_a_finished_run_says_so_and_does_nothing(finished, capsys):  # noqa: F81
     assert (finished / "student" / "config.json").stat().st_mtime_ns == stamp
 
 
-def test_other_settings_in_the_same_folder_are_named_and_refused(finished, capsys):  # noqa: F811
+def test_other_settings_in_the_same_folder_are_named_and_refused(finished, capsys):
     """Catches a run that goes on with another α; but what changes no number may change."""
     words = [*SMALL, "--out", finished, "--iterations"]
     error = refused(train_stage1, [*words, "3", "--alpha", "0.9"], capsys)
@@ -725,7 +724,7 @@ def test_rehearsed_state_is_the_live_tensors_of_a_run(tmp_path, monkeypatch):
 
 
 def test_rehearsed_state_of_stage_two_is_the_live_tensors_of_a_run(
-        finished, finished2, monkeypatch):  # noqa: F811
+        finished, finished2, monkeypatch):
     """Of a turn of G after one of D. Catches an optimiser or gradients that are planned for the
     skipped blocks, which get none."""
     monkeypatch.setattr(train_stage2, "D_ONLY", 3)        # turns D, D, D, G
@@ -802,7 +801,7 @@ def tiny_needs(stage, script, span):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--gradient-checkpointing", "--accumulation", "4"]])
 def test_planned_peak_is_what_the_allocator_hands_out(
-        more, finished, finished2, monkeypatch):  # noqa: F811
+        more, finished, finished2, monkeypatch):
     """Of real runs of both stages, 16 samples at a time or four, at most 1 % too low and 7 % too
     high: the rehearsal takes one sample, and what backward makes for a weight is counted for each.
     Catches activations that are missing, counted twice, or do not coincide."""
@@ -823,7 +822,7 @@ def test_planned_peak_is_what_the_allocator_hands_out(
 
 
 def test_passes_of_an_iteration_are_those_that_the_plan_says(
-        finished, finished2, tmp_path, monkeypatch):  # noqa: F811
+        finished, finished2, tmp_path, monkeypatch):
     """Blocks run, each sample's counted, with gradient 3: Stage I 11 passes as the official code;
     Stage II 5/3 in D's turn and 3 in G's, where the official code has 8. Catches an unused pass."""
     from diffusers.models.attention import JointTransformerBlock
@@ -919,7 +918,7 @@ def test_the_plan_advises_the_fastest_setting_that_fits(activations, n, advice):
 # ----------------------------------------------------------------------------- sampler.py
 
 def test_sampler_makes_a_grid_from_a_run_that_is_not_finished(
-        finished, tmp_path, capsys):  # noqa: F811
+        finished, tmp_path, capsys):
     """From its newest checkpoint, the same picture; catches a sampler that takes the base model's
     weights when there is no result yet."""
     unfinished = tmp_path / "unfinished"
@@ -933,7 +932,7 @@ def test_sampler_makes_a_grid_from_a_run_that_is_not_finished(
 
 
 def test_sampler_uses_the_cache_of_a_run_unless_told_not_to(
-        finished2, tmp_path, capsys):  # noqa: F811
+        finished2, tmp_path, capsys):
     """Catches a sampler that shows the student without its cache and reports 1.667 evaluations."""
     for extra in ([], ["--no-cache"]):
         sampler.main(["--checkpoint", str(finished2), "--prompt", "a red circle",
@@ -955,7 +954,7 @@ def test_sampler_makes_a_picture_without_a_training(tmp_path, monkeypatch, capsy
     assert read["correct"].sum() >= 14
 
 
-def test_sampler_shows_a_row_for_each_prompt_of_a_file(finished, tmp_path):  # noqa: F811
+def test_sampler_shows_a_row_for_each_prompt_of_a_file(finished, tmp_path):
     """Each row's noises are its own, whatever the batch size; catches a picture under another
     prompt's row."""
     from PIL import Image
@@ -1005,7 +1004,7 @@ def eight_captions(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_evaluation(finished, finished2, eight_captions, tmp_path_factory):  # noqa: F811
+def tiny_evaluation(finished, finished2, eight_captions, tmp_path_factory):
     """(results.json, its folder, what was printed) of both stages in the miniature world."""
     out = tmp_path_factory.mktemp("evaluation")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -1069,7 +1068,7 @@ def test_a_run_is_compared_with_the_stage_one_run_that_it_started_from(tiny_eval
 
 
 def test_an_evaluation_is_repeated_exactly_whatever_the_batch_size(
-        tiny_evaluation, finished, finished2, eight_captions, tmp_path):  # noqa: F811
+        tiny_evaluation, finished, finished2, eight_captions, tmp_path):
     """And its rows do not depend on which others there are: --own-path, without the teacher.
     Catches noise that is drawn in the order of use."""
     evaluate.main(["--checkpoint", str(finished2), str(finished), "--prompts", str(eight_captions),
@@ -1149,7 +1148,7 @@ def small_stages(base, out):
 
 
 @pytest.fixture(scope="session")
-def small_evaluation(small_sd3, small_meters, tmp_path_factory):  # noqa: F811
+def small_evaluation(small_sd3, small_meters, tmp_path_factory):
     """(command, OUT) of an evaluation of a real model's two stages, made once."""
     folder = tmp_path_factory.mktemp("real")
     small_stages(small_sd3, folder)
@@ -1254,7 +1253,7 @@ def test_a_meter_with_weights_that_do_not_fit_or_only_pickles_is_refused(small_m
         RealMeter(evaluate.load_network, dino, pickscore, dino)
     fuse = tmp_path / "exploded"
     shutil.copytree(clip, tmp_path / "clip")
-    weights = load_file(tmp_path / "clip" / "model.safetensors")  # noqa: F811
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
     weights.pop("logit_scale")
     save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
     with pytest.raises(run.UserError, match="not there, logit_scale for one"):
@@ -1302,7 +1301,7 @@ def test_paths_are_timed_in_turn_and_the_median_counts(monkeypatch):
 
 # ----------------------------------------------------------------------------- find_span.py
 
-def test_a_blocks_residual_is_what_the_recorded_residual_is_made_of(teacher):  # noqa: F811
+def test_a_blocks_residual_is_what_the_recorded_residual_is_made_of(teacher):
     """Summed over a span they are the cache's Δ0, of both streams; and where nothing changes no
     error is found. Catches a stream or an input of another block, and a hook left behind."""
     from tools import find_span
@@ -1326,7 +1325,7 @@ def test_a_blocks_residual_is_what_the_recorded_residual_is_made_of(teacher):  #
 
 
 def test_the_span_with_the_smallest_error_is_proposed(
-        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+        finished, tmp_path, monkeypatch, capsys):
     """Of the width that the wanted NFE asks for. Catches a last block in the span, and a table
     that proposes one span and prints another's error."""
     from tools import find_span
@@ -1768,7 +1767,7 @@ class Bomb:
 
 
 def test_a_pickle_in_any_place_where_weights_are_looked_for_is_never_opened(
-        finished, tmp_path, capsys):  # noqa: F811
+        finished, tmp_path, capsys):
     """Run folders and base models of a stranger: .bin files, and pickles named .safetensors."""
     fuse, stranger, base = tmp_path / "exploded", tmp_path / "run", tmp_path / "base"
     bomb = pickle.dumps(Bomb(fuse))
@@ -1960,7 +1959,7 @@ def test_nothing_unpickles_or_runs_foreign_code():
 
 # ----------------------------------------------------------------------------- --error of find_span
 
-def test_the_relative_change_of_a_block_does_not_grow_with_its_residual(teacher):  # noqa: F811
+def test_the_relative_change_of_a_block_does_not_grow_with_its_residual(teacher):
     """By hand, and by scale: the squared change of a block that adds twice as much is four times as
     large, its relative L1 change is the same. Catches norms of the wrong order or the later step
     below the line; and a default that is no longer the mean square."""
@@ -1990,7 +1989,7 @@ def test_the_relative_change_of_a_block_does_not_grow_with_its_residual(teacher)
 
 
 def test_the_span_finder_says_which_error_it_prints(
-        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+        finished, tmp_path, monkeypatch, capsys):
     """Catches a table of one error under the other's name."""
     from tools import find_span
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -2078,7 +2077,7 @@ def test_alpha_is_drawn_where_matplotlib_is_installed(tmp_path):
 
 # ----------------------------------------------------------------------------- curves.py
 
-def test_curves_are_drawn_from_what_a_run_logs(finished2, tmp_path, capsys):  # noqa: F811
+def test_curves_are_drawn_from_what_a_run_logs(finished2, tmp_path, capsys):
     """By the command, of a Stage II run of the tests. Catches a quantity in no panel, or in two."""
     pytest.importorskip("matplotlib")
     from tools import curves
@@ -2180,7 +2179,7 @@ def test_shares_of_scenes_are_counted_caption_by_caption():
 
 
 @pytest.fixture(scope="module")
-def few_pictures(finished, finished2, tmp_path_factory):  # noqa: F811
+def few_pictures(finished, finished2, tmp_path_factory):
     """The five pictures of the tests' runs, which are hardly trained, and what was printed."""
     pytest.importorskip("matplotlib")
     from tools import figures
@@ -2211,7 +2210,7 @@ def test_all_pictures_are_drawn_and_small(few_pictures):
 
 
 def test_the_paths_end_where_the_samplers_end_and_count_what_they_count(
-        finished, finished2):  # noqa: F811
+        finished, finished2):
     """The last guess of a path is the sample, and its evaluations are the sampler's. Catches a path
     of its own beside the one that is used, and a guided step that counts as one."""
     from tools import figures
@@ -2236,7 +2235,7 @@ def test_the_paths_end_where_the_samplers_end_and_count_what_they_count(
 
 
 def test_the_pictures_without_matplotlib_are_one_line(
-        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+        finished, tmp_path, monkeypatch, capsys):
     """Before anything is sampled. Catches minutes that end in an ImportError."""
     from tools import figures
     monkeypatch.setitem(sys.modules, "matplotlib", None)
