@@ -859,7 +859,7 @@ def small_picture_networks(monkeypatch):
 
 @pytest.mark.parametrize("script, options, words", [
     (train_stage1, [], [
-        "11.00 transformer passes", "1 GPU: --gradient-checkpointing --accumulation 4, 75.9 GB",
+        "11.00 transformer passes", "1 GPU: --gradient-checkpointing --accumulation 4, 75.7 GB",
         "8 GPUs: --accumulation 2,", "text encoders, 11.2 GB", "5.6 of prompts",
         "disk: 48.7 GB a checkpoint"]),
     (train_stage2, ["--init", "none"], [
