@@ -250,10 +250,9 @@ def main(argv):
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
-    adamw = functools.partial(torch.optim.AdamW, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     networks = {"student": student, "fake_score": fake_score}
-    optimizers = {"student": adamw(student.parameters(), lr=settings.student_lr),
-                  "fake_score": adamw(fake_score.parameters(), lr=settings.fake_lr)}
+    optimizers = {"student": adamw(student, settings.student_lr),
+                  "fake_score": adamw(fake_score, settings.fake_lr)}
 
     start = run.restore(networks, optimizers)                   # 0, or where a run was interrupted
     recipe = recipe_of(preset, 1, settings.steps, settings.alpha, settings.guidance, shape,
@@ -317,6 +316,12 @@ def main(argv):
 
 
 SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics, in the bar
+
+
+def adamw(net, lr):
+    """The optimiser of one network."""
+    return torch.optim.AdamW(net.parameters(), lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY,
+                             fused=True)
 
 
 def load_batch(batch, prompts, device, accumulation):
