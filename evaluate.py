@@ -33,8 +33,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from run import (UserError, command, digest, fill_in, option, parse_settings, rng, versions,
-                 write_json, write_text)
+from tools.settings import UserError, command, fill_in, option, parse_settings
+from run import digest, rng, versions, write_json, write_text
 from cache import NOTHING
 from losses import guidance_weight
 from model import (Decoder, Prompts, check_base, find_preset, load_transformer, loading, parse_span,

@@ -18,7 +18,7 @@ unconditional answer that guidance needs.
 
 Teacher, student and fake score start from the same transformer. `tiny` and `sd3-medium` take the
 same path: a preset names the pipeline, the rest is read from the pipeline's own configs. Not here:
-the method (losses.py), the cache (cache.py), settings and run folders (run.py).
+the method (losses.py), the cache (cache.py), run folders (run.py).
 
 Dimension key: B batch, C latent channels, H W latent size, L text tokens, J and P widths of the
 text embeddings. Latents and sigmas are fp32; pictures lie in [0, 1].
@@ -37,8 +37,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from run import (UserError, any_process, content_of, first, leaving, load_whole, processes, rng,
-                 save_tensors, save_whole, whole_state)
+from tools.settings import UserError, leaving
+from tools.processes import any_process, first, load_whole, processes, whole_state
+from run import content_of, rng, save_tensors, save_whole
 from cache import CachedSD3, check_span
 
 HERE = Path(__file__).resolve().parent

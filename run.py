@@ -1,24 +1,20 @@
-"""Everything that is not the method: settings, seeds, processes, run folders, optimiser plumbing.
+"""Run folders: how a training is stopped, resumed, and never lost.
 Nothing here knows about diffusion; skip this file when you read beside the paper.
 
 A run folder holds settings.json, metrics.jsonl, samples/, the two newest checkpoint-NNNNNN/ and, at
 the end, the result. Everything is safetensors or JSON. Nothing is ever unpickled, so loading a
 stranger's checkpoint cannot run a stranger's code.
 
-Four mechanisms carry the robustness of the project, and each exists once:
-  parse_settings     the only place where the command line is read and checked
+What carries the robustness of the project exists once:
+  rng                all randomness: from (seed, iteration) alone, so nothing needs to be saved
   save_whole         the only way a folder is written: temporary name, fsync, rename
   newest_checkpoint  what training goes on from: checks the hashes, falls back to the one before
-  gather             the only way in which the processes of torchrun speak with each other here
+  Run                the folder itself: opened, restored, logged to, saved
+The command line is tools/settings.py, torchrun's processes are tools/processes.py.
 """
 
-import argparse
-import atexit
 import contextlib
-import dataclasses
-import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -28,167 +24,33 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
-import warnings
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     set_model_state_dict)
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tools.processes import (any_process, first, gather, load_optimizer, load_whole,
+                             optimizer_tensors, processes, whole_state)
+from tools.settings import UserError, leaving
 
 try:
     import fcntl
 except ImportError:                                       # Windows: runs are not locked there
     fcntl = None
 
-# A first run should be clean. Keeps notices of diffusers and transformers out, which are imported
-# after this file: so every script imports run first. The bars of downloads stay.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", module="(diffusers|transformers|huggingface_hub)")
-warnings.filterwarnings("ignore", message="IProgress not found")      # tqdm's, in a notebook
-
 FORMAT = 4        # version of the run folder; another one is refused, never guessed at
 KEEP = 2          # [ours] how many checkpoints stay on disk
 SAVING = 0.02     # [ours] share of the time that saving may take, where --checkpoint-every is left
 SOONEST = 300     # [ours] seconds between two such checkpoints at least
 GRACE = 2.0       # [ours] seconds in which a second signal is taken for the first one's echo
-WAIT = timedelta(hours=2)    # [ours] for a process that writes a large checkpoint; torch's: 10 min
 # Settings that a resumed run may change without changing the result. The last five name files,
 # which may have been moved: their content is compared instead (Run).
 MAY_CHANGE = {"out", "iterations", "checkpoint_every", "sample_every", "log_every", "device",
               "overwrite", "debug", "dry_run", "compile", "model", "prompts", "init",
               "reference", "discriminator"}
-# What a command changes in its process (signal handlers, locks) is put back through this.
-leaving = contextlib.ExitStack()
-
-
-class UserError(Exception):
-    """Something the user can put right. Shown as one line; the exit code is 2."""
-
-
-# ================================================================== settings
-
-def option(default, text, low=None, high=None, above=None, choices=None):
-    """A settings field: default, help text (meaning, unit, origin) and the values it may have: from
-    low to high inclusive, more than above. A default of None is filled in by the script."""
-    return dataclasses.field(default=default, metadata=dict(
-        text=text, low=low, high=high, above=above, choices=choices))
-
-
-@dataclasses.dataclass
-class CommonSettings:
-    """What both training scripts share and what is not the method."""
-    out: str = option(None, "run folder (default: runs/MODEL-stage1 or -stage2)")
-    seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
-    accumulation: int = option(1, "micro-batches one after the other, to save memory",
-                               low=1, high=65536)
-    gradient_checkpointing: bool = option(
-        False, "recompute blocks in backward: less memory, a third more time")
-    compile: bool = option(False, "compile the blocks by torch.compile: a slow start, then faster")
-    checkpoint_every: int = option(
-        None, "iterations between checkpoints; for real models by default as often as saving "
-              "takes no more than 2% of the time", low=1)
-    sample_every: int = option(None, "iterations between sample grids", low=1)
-    log_every: int = option(5, "iterations between lines of metrics.jsonl", low=1)
-    device: str = option(None, "where to run (default: the fastest there is)",
-                         choices=("cpu", "cuda", "mps"))
-    dry_run: bool = option(False, "print the resolved settings and the memory plan and stop")
-    overwrite: bool = option(False, "start again although the run folder holds a run")
-    debug: bool = option(False, "show tracebacks")
-
-
-def checked(kind, rule, text):
-    """The value of one setting, converted and checked: an argparse type."""
-    try:
-        value = kind(text)
-    except ValueError:
-        word = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {word}, not {text!r}") from None
-    wrong = None
-    if kind is float and not math.isfinite(value):
-        wrong = "a finite number"
-    elif kind is str and (not value or "\0" in value):
-        wrong = "a text without NUL characters"
-    elif rule["choices"] and value not in rule["choices"]:
-        wrong = f"one of {', '.join(rule['choices'])}"
-    elif rule["low"] is not None and value < rule["low"]:
-        wrong = f"at least {rule['low']}"
-    elif rule["high"] is not None and value > rule["high"]:
-        wrong = f"at most {rule['high']}"
-    elif rule["above"] is not None and value <= rule["above"]:
-        wrong = f"more than {rule['above']}"
-    if wrong:
-        raise argparse.ArgumentTypeError(f"must be {wrong}, not {text!r}")
-    return value
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        message = message.removeprefix("argument ").replace(": must", " must", 1)
-        raise UserError(f"{message} (see python {self.prog} --help)")
-
-
-def parse_settings(cls, argv, prog, description):
-    """The settings dataclass `cls` filled from the command line: field learning_rate is
-    --learning-rate. Types come from the annotations; bool fields are flags. Unknown options, wrong
-    types and values out of range raise UserError before anything is loaded or written."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    for field in dataclasses.fields(cls):
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["text"].replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-            continue
-        kind = str if field.type is list else field.type
-        default = "" if field.default is None else f" (default: {field.default})"
-        parser.add_argument(flag, type=functools.partial(checked, kind, field.metadata),
-                            nargs="+" if field.type is list else None, metavar="X",
-                            default=field.default, help=text + default)
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def fill_in(settings, recipe):
-    """Settings that were not given take the recipe's values."""
-    for name, value in recipe.items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
-
-
-def command(main, several=False):
-    """Decorates a script's main(argv): user mistakes become one line and exit code 2, never a
-    traceback; Ctrl-C outside a loop 130; a full disk one line and 1. several: torchrun may start
-    it, and then only the first process prints."""
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        argv = sys.argv[1:] if argv is None else argv
-        output = contextlib.nullcontext() if first() else contextlib.redirect_stdout(io.StringIO())
-        try:
-            if processes() > 1 and not several:
-                raise UserError("torchrun is for train_stage1.py and train_stage2.py; run this "
-                                "in one process")
-            # A notebook may call main(): it gets back its own seed and its own Ctrl-C.
-            with leaving, torch.random.fork_rng(devices=[]), output:
-                return main(argv)
-        except UserError as error:
-            line, code = f"error: {error}", 2
-        except KeyboardInterrupt:
-            line, code = "stopped", 130
-        except SafetensorError as error:                  # its I/O errors are no OSErrors
-            line, code = f"error: {error}", 1
-        except OSError as error:
-            line, code = f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), 1
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(line, file=sys.stderr)
-        raise SystemExit(code)
-    return wrapped
 
 
 # ================================================================== randomness
@@ -204,76 +66,6 @@ def rng(seed, *key):
     words = [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:4], "big") for k in key]
     state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
-
-
-# ================================================================== several processes (torchrun)
-# All processes draw the same global batch and keep their share of it, so that any number of them
-# computes the same gradients. All make the same calls in the same order: a forward of a sharded
-# network, or a function below, that one of them leaves out hangs the others.
-
-def processes():
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def first():
-    """Whether this is the process that writes and prints for all."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def join_processes(device):
-    """Lets the processes find each other. Does nothing when there is only one."""
-    if processes() > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
-        atexit.register(dist.destroy_process_group)       # or the processes abort at their end
-
-
-def share(batch):
-    """This process's part of a global batch, a tensor or a list."""
-    size = len(batch) // processes()
-    start = int(os.environ.get("RANK", 0)) * size
-    return batch[start:start + size]
-
-
-def share_of(items):
-    """This process's items of a sequence of any length: of two processes, every other one."""
-    return items[int(os.environ.get("RANK", 0))::processes()]
-
-
-def gather(part):
-    """The tensors `part` [B, ...] of all processes, one after the other, on the CPU."""
-    if processes() == 1:
-        return part.cpu()
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    parts = [torch.empty_like(part, device=device) for _ in range(processes())]
-    dist.all_gather(parts, part.to(device).contiguous())
-    return torch.cat(parts).cpu()
-
-
-def any_process(flag):
-    """Whether flag is set in any process. Also a meeting point: all wait here for each other."""
-    return bool(gather(torch.tensor([int(flag)])).any())
-
-
-def check_batch(settings):
-    """UserError unless every micro-batch of every process has the same size: only then is the mean
-    of their means the mean of the batch."""
-    if settings.batch_size % (processes() * settings.accumulation):
-        of_all = f" times {processes()} processes" if processes() > 1 else ""
-        raise UserError(f"--batch-size {settings.batch_size} is not a multiple of --accumulation "
-                        f"{settings.accumulation}{of_all}")
-
-
-def micro_batches(batch, parts):
-    """Cuts a batch, {name: tensor [B, ...]}, into `parts` smaller ones (--accumulation). Usually
-    there is one part: the batch itself."""
-    size = len(next(iter(batch.values()))) // parts
-    cut = []
-    for start in range(0, size * parts, size):
-        cut.append({name: values[start:start + size] for name, values in batch.items()})
-    return cut
 
 
 # ================================================================== writing and reading
@@ -646,87 +438,3 @@ class Run:
         any_process(False)
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - begun
-
-
-# ================================================================== optimiser plumbing
-
-def clip_and_step(optimizers, max_norm=math.inf):
-    """Clips the gradients of all `optimizers` jointly, steps and clears them; returns the norm.
-    A norm that is not finite changes no weight.
-
-    Sharded gradients come averaged over the processes; those of the small networks that every
-    process holds whole (f, the discriminator's heads) are averaged here.
-    """
-    grads = [p.grad for optimizer in optimizers for group in optimizer.param_groups
-             for p in group["params"] if p.grad is not None]
-    sharded = [grad for grad in grads if isinstance(grad, DTensor)]
-    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
-    if processes() > 1:
-        for grad in whole:
-            dist.all_reduce(grad.div_(processes()))
-    # Several devices hold pieces of one gradient, so torch's clip_grad_norm_ takes one kind at a
-    # time.
-    norms = [torch.nn.utils.get_total_norm(part) for part in (whole, sharded) if part]
-    norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
-    norm = torch.stack(norms).norm() if len(norms) == 2 else norms[0]
-    shrink = (max_norm / (norm + 1e-6)).clamp(max=1).item()  # as torch's clip_grad_norm_
-    for grad in grads:
-        grad.mul_(shrink)
-    for optimizer in optimizers:
-        if math.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-def whole_state(net):
-    """The network's state, {name: whole tensor on the CPU}; empty but in the first process."""
-    return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True,
-                                                              cpu_offload=True))
-
-
-def load_whole(net, state):
-    """Puts a whole state, which only the first process needs to hold, into a network that may be
-    sharded: each process receives its part."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes() > 1)
-    set_model_state_dict(net, state, options=options)
-
-
-# Not torch's state-dict helpers for optimisers: they step an optimiser that has no state yet, so
-# that its first real step would count as the second one.
-
-def optimizer_tensors(net, optimizer):
-    """The optimiser's state as {"parameter.slot": whole tensor on the CPU}: no pickle, and no order
-    to rely on. Empty but in the first process."""
-    tensors = {}
-    for name, parameter in net.named_parameters():
-        for slot, value in optimizer.state.get(parameter, {}).items():
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            if first():
-                tensors[f"{name}.{slot}"] = value.cpu()
-    return tensors
-
-
-def load_optimizer(net, optimizer, tensors):
-    """Puts back what optimizer_tensors saved; only the first process needs to hold it. Rates and
-    betas come from the settings."""
-    names = dict(net.named_parameters())
-    keys = [(key, tuple(value.shape), value.dtype) for key, value in tensors.items()]
-    if processes() > 1:
-        everybodys = [keys]
-        dist.broadcast_object_list(everybodys)
-        keys = everybodys[0]
-    for key, shape, dtype in keys:
-        name, slot = key.rsplit(".", 1)
-        parameter = names[name]
-        value = torch.empty(shape, dtype=dtype) if not first() else tensors[key]
-        optimizer.state[parameter][slot] = spread(value.to(parameter.device, copy=True), parameter)
-
-
-def spread(value, like):
-    """The first process's whole tensor `value` for all: in pieces where `like` lies in pieces."""
-    if isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(value, like.device_mesh, like.placements)
-    if processes() > 1:
-        dist.broadcast(value, 0)
-    return value

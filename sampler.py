@@ -19,9 +19,12 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from run import (FORMAT, UserError, checkpoints, command, content_of, first, load_file, option,
-                 parse_settings, read_json, replace_file, rng, write_json)
+from tools.settings import UserError, command, option, parse_settings
+from tools.processes import first
+from run import FORMAT, checkpoints, content_of, read_json, replace_file, rng, write_json
 from cache import CachedSD3, make_compensation, nfe
 from losses import euler, guidance_weight, guide, shift_sigma
 from model import (PRESETS, Decoder, Prompts, add_lora, base_config, base_content, call_network,
@@ -331,7 +334,6 @@ def load_few_step(source, preset, dtype=torch.float32):
 def load_student(folder, preset, recipe, device, dtype=torch.float32):
     """(student, span or None, f or None) of a run, finished or not: the result or, when that is
     older, the newest checkpoint."""
-    from safetensors import SafetensorError
     # A finished run has a stock folder, student/, and beside it f (in a file of its own: a stock
     # folder drops keys that it does not know). One that still trains has checkpoints only.
     folder = Path(folder)

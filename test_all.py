@@ -35,6 +35,7 @@ from losses import (discriminator_loss, dmd_loss, dmd_loss_official, draw_sigma,
                     fake_score_loss, generator_loss, guidance_weight, guide, importance_curve,
                     renoise, shift_sigma, window, x0_from_velocity)
 from tiny.world import CAPTIONS
+from tools.settings import parse_settings
 
 HERE = Path(__file__).parent
 TINY = model.PRESETS["tiny"]
@@ -383,7 +384,7 @@ PINNED1 = ["--batch-size", "8", "--student-lr", "1e-3", "--fake-lr", "1e-3", "--
 
 
 def settings_of(script, argv):
-    settings = run.parse_settings(script.Settings, argv, "", "")
+    settings = parse_settings(script.Settings, argv, "", "")
     return settings, script.resolve(settings)
 
 

@@ -28,8 +28,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from run import (CommonSettings, Run, UserError, check_batch, clip_and_step, command, fill_in,
-                 first, join_processes, micro_batches, option, parse_settings, rng, share)
+from tools.settings import (CommonSettings, UserError, check_batch, command, fill_in, option,
+                            parse_settings)
+from tools.processes import clip_and_step, first, join_processes, micro_batches, share
+from run import Run, rng
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
                     importance_curve, renoise, window, x0_from_velocity)
 from model import (Decoder, Prompts, base_content, check_base, choose_prompts, draw_pool,

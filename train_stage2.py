@@ -24,13 +24,14 @@ import hashlib
 import time
 from pathlib import Path
 
-from run import (CommonSettings, Run, UserError, check_batch, clip_and_step, command, content_of,
-                 fill_in, first, join_processes, load_file, micro_batches, option, parse_settings,
-                 rng, save_tensors, share, share_of)
-
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
+from tools.settings import (CommonSettings, UserError, check_batch, command, fill_in, option,
+                            parse_settings)
+from tools.processes import clip_and_step, first, join_processes, micro_batches, share, share_of
+from run import Run, content_of, rng, save_tensors
 from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss, guidance_weight
 from model import (Decoder, Discriminator, Prompts, add_lora, base_config, base_content,

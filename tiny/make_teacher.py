@@ -13,7 +13,8 @@ import json
 import math
 from pathlib import Path
 
-from run import Run, UserError, command, option, parse_settings, rng, save_whole
+from tools.settings import UserError, command, option, parse_settings
+from run import Run, rng, save_whole
 
 import torch
 import torch.nn.functional as F

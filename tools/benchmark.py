@@ -14,7 +14,8 @@ import dataclasses
 import statistics
 import time
 
-from run import UserError, command, option, parse_settings, versions
+from tools.settings import UserError, command, option, parse_settings
+from run import versions
 
 import torch
 

@@ -24,7 +24,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from run import UserError, checked, command, option, parse_settings, read_json, rng, write_text
+from tools.settings import UserError, checked, command, option, parse_settings
+from run import read_json, rng, write_text
 
 import torch
 

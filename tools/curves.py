@@ -14,7 +14,9 @@ import math
 import sys
 from pathlib import Path
 
-from run import UserError, command, first, option, parse_settings, replace_file
+from tools.settings import UserError, command, option, parse_settings
+from tools.processes import first
+from run import replace_file
 
 
 @dataclasses.dataclass

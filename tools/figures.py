@@ -23,7 +23,8 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from run import UserError, command, option, parse_settings, replace_file, rng
+from tools.settings import UserError, command, option, parse_settings
+from run import replace_file, rng
 
 import torch
 

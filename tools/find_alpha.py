@@ -28,7 +28,8 @@ Dimension key: B batch, P prompts, n samples of a prompt, C latent channels, H W
 import dataclasses
 from pathlib import Path
 
-from run import UserError, command, fill_in, option, parse_settings, rng, write_text
+from tools.settings import UserError, command, fill_in, option, parse_settings
+from run import rng, write_text
 
 import torch
 

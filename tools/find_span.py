@@ -19,7 +19,8 @@ Dimension key: B batch, C latent channels, H W latent size, N image tokens, L te
 
 import dataclasses
 
-from run import UserError, command, option, parse_settings, rng
+from tools.settings import UserError, command, option, parse_settings
+from run import rng
 
 import torch
 

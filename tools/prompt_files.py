@@ -13,7 +13,8 @@ import io
 import json
 from pathlib import Path
 
-from run import UserError, first
+from tools.settings import UserError
+from tools.processes import first
 
 COLUMNS = ("prompt", "caption")     # looked for in this order
 LONGEST = 10_000                    # [ours] characters; more is no prompt but a wrong file

@@ -17,7 +17,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from run import UserError, command, option, parse_settings, save_whole
+from tools.settings import UserError, command, option, parse_settings
+from run import save_whole
 
 import torch
 

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from run import UserError, read_json, write_json
+from tools.settings import UserError
+from run import read_json, write_json
 
 CLIP = "openai/clip-vit-large-patch14"                            # [ours]
 PICKSCORE = "yuvalkirstain/PickScore_v1"

@@ -33,7 +33,8 @@ from pathlib import Path
 from unittest import mock
 
 import run
-from run import Run, UserError, command, option, parse_settings, save_tensors, save_whole, versions
+from tools.settings import UserError, command, option, parse_settings
+from run import Run, save_tensors, save_whole, versions
 
 import torch
 

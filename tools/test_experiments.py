@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import run  # first, as in every script: it silences what the others import
+# First, as in every script: it silences what the others import.
+from tools.settings import UserError, parse_settings
 
 import cache
 import model
@@ -113,8 +114,8 @@ def test_every_command_of_the_page_is_one_that_its_script_takes():
         assert words[0] == "python" and (HERE / words[1]).exists(), line
         script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
         try:
-            settings = run.parse_settings(script.Settings, words[2:], words[1], "")
-        except run.UserError as error:
+            settings = parse_settings(script.Settings, words[2:], words[1], "")
+        except UserError as error:
             pytest.fail(f"{line}: {error}")
         if getattr(settings, "prompts", None):
             assert read_prompts(HERE / settings.prompts)

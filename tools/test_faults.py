@@ -29,6 +29,7 @@ import train_stage1
 import train_stage2
 from test_all import SMALL, STAGE2, TINY
 from tools import prompt_files
+from tools.settings import UserError
 from tools.test_tools import assert_same_student, lines_of, one_process, refused  # noqa: F401
 
 HERE = Path(model.__file__).parent
@@ -224,7 +225,7 @@ def test_a_line_of_prompts_ends_at_a_newline_and_nowhere_else(tmp_path):
 def test_what_is_no_prompt_file_is_refused_by_name_and_line(name, text, words, tmp_path):
     """Catches a wrong file that is trained on for hours."""
     (tmp_path / name).write_text(text)
-    with pytest.raises(run.UserError) as refusal:
+    with pytest.raises(UserError) as refusal:
         prompt_files.read_prompts(tmp_path / name)
     assert words in str(refusal.value) and name in str(refusal.value)
 
@@ -355,15 +356,15 @@ def test_an_older_backbone_is_refused(base, old, new, capsys):
                 tensors[name.replace(old, new)] = tensors.pop(name)
     backbone = base / "discriminator_backbone"
     change(backbone / "model.safetensors", rename)
-    with pytest.raises(run.UserError, match="backbone .* (lacks|holds a foreign)"):
+    with pytest.raises(UserError, match="backbone .* (lacks|holds a foreign)"):
         model.load_backbone(str(backbone))
 
 
 def test_a_run_that_breaks_before_its_first_checkpoint_is_told_so(tmp_path):
     """Catches "the newest checkpoint is sound" where there is none."""
     trained = run.Run(tmp_path, {})
-    with contextlib.suppress(run.UserError):
+    with contextlib.suppress(UserError):
         for _ in range(2):
             trained.check_finite(1, student=float("nan"))
-    with pytest.raises(run.UserError, match="there is no checkpoint yet"):
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
         trained.check_finite(1, student=float("nan"))

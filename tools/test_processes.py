@@ -21,6 +21,7 @@ import model
 import sampler
 import train_stage1
 from test_all import TINY, assert_close, metrics, recipe, record, record2, weights
+from tools.processes import first
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -72,7 +73,7 @@ def trained(base, out, init):
                                          "--warmup", "0", "--compensation-lr", "1e-3"])}
     for stage, script in scripts.items():
         for i, update in enumerate(script([*common, "--out", str(out / stage)])):
-            if run.first():
+            if first():
                 whole = {name: grad.contiguous() for name, grad in update["clipped"].items()}
                 run.save_file(whole, out / f"{stage}-{i}.safetensors")
 

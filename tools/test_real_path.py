@@ -27,6 +27,7 @@ import sampler
 import train_stage1
 import train_stage2
 from test_all import SMALL, STAGE2, weights
+from tools.processes import clip_and_step, optimizer_tensors
 from tools.test_tools import assert_same_student, lines_of, one_process, refused  # noqa: F401
 
 HERE = Path(model.__file__).parent
@@ -56,7 +57,7 @@ def stage1(small_sd3, tmp_path_factory):
 
 def interrupt_after(script, count, patch):
     """From now on the script stops, as by Ctrl-C, after so many updates."""
-    real, calls = run.clip_and_step, []
+    real, calls = clip_and_step, []
 
     def step(*arguments):
         calls.append(arguments)
@@ -301,7 +302,7 @@ def test_a_checkpoint_holds_one_part_at_a_time(small_sd3, tmp_path, monkeypatch)
                          if name.endswith("exp_avg"))
         real(path, tensors)
     monkeypatch.setattr(run, "save_tensors", watch)
-    monkeypatch.setattr(run, "optimizer_tensors", copied(run.optimizer_tensors))
+    monkeypatch.setattr(run, "optimizer_tensors", copied(optimizer_tensors))
     train_stage1.main(["--model", str(small_sd3), *WORDS, "--iterations", "1", "--out",
                        str(tmp_path / "run")])
     assert len(most) == 4 and len(alive) > 100 and max(most) == 0
@@ -332,22 +333,23 @@ def test_saving_takes_two_percent_of_the_time_where_nothing_else_is_said(tmp_pat
 MEMORY = """
 import resource, sys, torch, run, model
 from cache import CachedSD3
+from tools.processes import any_process, first, join_processes, whole_state
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def main():
-    run.join_processes(torch.device("cpu"))
+    join_processes(torch.device("cpu"))
     preset = model.find_preset(sys.argv[1])
-    run.any_process(False)
+    any_process(False)
     before = peak()
     net = model.place(model.load_transformer(preset, everywhere=False), torch.device("cpu"))
     whole = sum(p.numel() * 4 for p in net.parameters())
-    state = run.whole_state(net)
-    if run.first():
+    state = whole_state(net)
+    if first():
         stock = CachedSD3.from_pretrained(preset.source, subfolder="transformer")
         assert all(torch.equal(state[name], t) for name, t in stock.state_dict().items())
     else:
         print("SHARE", (peak() - before) / whole)
-    run.any_process(False)
+    any_process(False)
 main()
 """
 

@@ -43,6 +43,8 @@ import train_stage2
 from test_all import SMALL, TINY, seeded, weights
 from tiny import make_teacher, world
 from tools import plan, prompt_files, random_model, rehearsal
+from tools.processes import clip_and_step, optimizer_tensors
+from tools.settings import UserError, leaving, parse_settings
 
 HERE = Path(model.__file__).parent
 # For the network of a Stage II run of a few turns; D_ONLY has to be patched.
@@ -56,7 +58,7 @@ def one_process(request, monkeypatch):
     if "lock" not in request.node.name:
         monkeypatch.setattr(run, "fcntl", None)
     yield
-    run.leaving.close()
+    leaving.close()
 
 
 def lines_of(folder):
@@ -229,7 +231,7 @@ def small_run(folder, iterations):
     for i in range(1, iterations + 1):
         for name, net in networks.items():
             net(torch.ones(1, 2)).square().sum().backward()
-            run.clip_and_step([optimizers[name]])
+            clip_and_step([optimizers[name]])
         trained.save(i, networks, optimizers)
         students.append(networks["student"].weight.detach().clone())
     return students
@@ -246,7 +248,7 @@ def test_the_newest_two_checkpoints_are_kept_and_everything_comes_back(tmp_path)
     again, _ = small_networks()
     assert not torch.equal(again["student"].weight, students[3])
     for name, optimizer in optimizers.items():
-        state = run.optimizer_tensors(networks[name], optimizer)
+        state = optimizer_tensors(networks[name], optimizer)
         saved = load_file(tmp_path / "checkpoint-000004" / f"{name}_optimizer.safetensors")
         assert state.keys() == saved.keys() and state["weight.step"] == 4
         assert all(torch.equal(state[key], saved[key]) for key in saved)
@@ -442,7 +444,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
         finished, tmp_path, monkeypatch, capsys):
     """Pre-emptible machines: catches a signal that is lost or a checkpoint that is not written."""
     monkeypatch.setattr(sampler.Gallery, "save", lambda *a: None)
-    out, real = tmp_path / "stopped", run.clip_and_step
+    out, real = tmp_path / "stopped", clip_and_step
 
     def stop(*arguments):
         monkeypatch.setattr(train_stage1, "clip_and_step", real)
@@ -581,7 +583,7 @@ def test_only_three_bad_iterations_in_a_row_stop_a_run(tmp_path):
         trained.check_finite(1, student=norm, fake_score=1.0)
     trained.check_finite(1, student=nan)
     trained.check_finite(1, fake_score=math.inf)
-    with pytest.raises(run.UserError, match="3 iterations in a row"):
+    with pytest.raises(UserError, match="3 iterations in a row"):
         trained.check_finite(1, student=nan)
 
 
@@ -607,12 +609,12 @@ def test_other_settings_in_the_same_folder_are_named_and_refused(finished, capsy
 def test_a_folder_past_the_iterations_or_of_another_format_is_refused(tmp_path, capsys):
     """Catches a result that is called 1 iteration and has 2, and an older version's folder."""
     small_run(tmp_path, 2)
-    with pytest.raises(run.UserError, match="is at iteration 2 already; give more --iterations"):
+    with pytest.raises(UserError, match="is at iteration 2 already; give more --iterations"):
         run.Run(tmp_path, {"seed": 1}).finished(1)
     assert not run.Run(tmp_path, {"seed": 1}).finished(2)
     saved = run.read_json(tmp_path / "settings.json")
     run.write_json(tmp_path / "settings.json", saved | {"format": 1})
-    with pytest.raises(run.UserError, match="was written in format 1; this code reads 3"):
+    with pytest.raises(UserError, match="was written in format 1; this code reads 3"):
         run.Run(tmp_path, {"seed": 1})
 
 
@@ -629,7 +631,7 @@ def test_overwrite_starts_again_and_only_once_all_is_loaded(tmp_path, capsys):
     assert run.read_json(tmp_path / "run" / "settings.json")["settings"] == {"seed": 2}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("precious")
-    with pytest.raises(run.UserError, match="exists and is not a run folder"):
+    with pytest.raises(UserError, match="exists and is not a run folder"):
         run.Run(tmp_path / "other", {"seed": 2}, overwrite=True)
 
 
@@ -661,7 +663,7 @@ def test_nonsense_in_a_run_folder_is_passed_over_or_refused_in_one_line(harm, tm
     """Files that somebody edited by hand; catches a traceback."""
     small_run(tmp_path, 2)
     harm(tmp_path)
-    with contextlib.suppress(run.UserError):
+    with contextlib.suppress(UserError):
         again = run.Run(tmp_path, {"seed": 1})
         assert not again.finished(3) and again.restore(*small_networks()) == 2
 
@@ -675,7 +677,7 @@ class Watched:
 
     def __init__(self, script, patch):
         self.networks, self.optimizers, self.gradients = {}, {}, []
-        restore, step = run.Run.restore, run.clip_and_step
+        restore, step = run.Run.restore, clip_and_step
 
         def watch_restore(of_run, networks, optimizers):
             self.networks, self.optimizers = networks, optimizers
@@ -826,7 +828,7 @@ def test_passes_of_an_iteration_are_those_that_the_plan_says(
     """Blocks run, each sample's counted, with gradient 3: Stage I 11 passes as the official code;
     Stage II 5/3 in D's turn and 3 in G's, where the official code has 8. Catches an unused pass."""
     from diffusers.models.attention import JointTransformerBlock
-    forward, step, count, passes = JointTransformerBlock.forward, run.clip_and_step, [0], []
+    forward, step, count, passes = JointTransformerBlock.forward, clip_and_step, [0], []
 
     def counted(self, hidden_states, *a, **k):
         count[0] += len(hidden_states) * (3 if torch.is_grad_enabled() else 1) / (12 * 4)
@@ -1249,18 +1251,18 @@ def test_a_meter_with_weights_that_do_not_fit_or_only_pickles_is_refused(small_m
     """Catches a score by random weights, which transformers would give with a mere notice."""
     from tools.real_metrics import RealMeter
     clip, pickscore, dino = small_meters.values()
-    with pytest.raises(run.UserError, match="are not there|cannot load"):
+    with pytest.raises(UserError, match="are not there|cannot load"):
         RealMeter(evaluate.load_network, dino, pickscore, dino)
     fuse = tmp_path / "exploded"
     shutil.copytree(clip, tmp_path / "clip")
     weights = load_file(tmp_path / "clip" / "model.safetensors")
     weights.pop("logit_scale")
     save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(run.UserError, match="not there, logit_scale for one"):
+    with pytest.raises(UserError, match="not there, logit_scale for one"):
         RealMeter(evaluate.load_network, tmp_path / "clip", pickscore, dino)
     (tmp_path / "clip" / "model.safetensors").unlink()
     (tmp_path / "clip" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(fuse)))
-    with pytest.raises(run.UserError, match="pickles are never opened"):
+    with pytest.raises(UserError, match="pickles are never opened"):
         RealMeter(evaluate.load_network, tmp_path / "clip", pickscore, dino)
     assert not fuse.exists()
 
@@ -1419,7 +1421,7 @@ def test_every_command_of_the_claims_is_one_that_its_script_takes(capsys):
                "evaluate.py": evaluate}
     for line in lines:
         _, name, *words = line.split()
-        run.parse_settings(scripts[name].Settings, words, name, "")
+        parse_settings(scripts[name].Settings, words, name, "")
 
 
 @pytest.mark.parametrize("mean, spread, verdict", [
@@ -1478,7 +1480,7 @@ def test_claims_trains_measures_and_judges(tmp_path, monkeypatch, capsys):
     assert text.count("### ") == len(claims.EXPERIMENTS) and "nan" not in text
     assert "1.00 [1.00, 1.00] | at most 0.5 | **does not hold**" in text
     assert "pip install matplotlib" in capsys.readouterr().out
-    with pytest.raises(run.UserError, match="ended with exit code 3"):
+    with pytest.raises(UserError, match="ended with exit code 3"):
         monkeypatch.undo()
         claims.execute("-c 'raise SystemExit(3)'", threads=1)
 
@@ -1926,8 +1928,8 @@ def test_every_command_in_a_text_is_one_that_its_script_takes():
             settings = getattr(command_of(path, "")[0], "Settings", None)
             try:
                 if settings:
-                    run.parse_settings(settings, words, path, "")
-            except run.UserError as error:
+                    parse_settings(settings, words, path, "")
+            except UserError as error:
                 pytest.fail(f"{name}: python {script} {' '.join(words)}: {error}")
     assert counts["README.md"] >= 10 and counts["docs/RESULTS.md"] >= 5
     assert counts["train_stage1.py"] == 3 and sum(counts.values()) > 40
