@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from tools.processes import first, processes
 
 # A first run should be clean. Keeps notices of diffusers and transformers out, which are imported
-# after this file: so every script imports run first. The bars of downloads stay.
+# after this file: so every script imports it first. The bars of downloads stay.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
