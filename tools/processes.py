@@ -1,9 +1,9 @@
 """Several processes (torchrun): shares of a batch, networks that lie in pieces on all devices.
 
-All processes draw the same global batch and keep their share of it, so that any number of them
-computes the same gradients. All make the same calls in the same order: a forward of a sharded
-network, or a function below, that one of them leaves out hangs the others.
-With one process, without torchrun, each function does the plain thing.
+All processes take their share of the same global batch, so that any number of them computes the
+same gradients. All make the same calls in the same order: a forward of a sharded network, or a
+function below, that one of them leaves out hangs the others. With one process each function does
+the plain thing.
 """
 
 import atexit
