@@ -231,8 +231,8 @@ def make_references(folder, settings, preset, init, prompts, chosen, decode, run
     Made once and kept in the folder, batch by batch: after a kill the rest is made.
 
     The official code makes them anew in every iteration, by a 4-step student that was not released.
-    Here the teacher makes them once, with its 28 steps. It is guided with α as in Stage I, or it
-    would teach the collapse again that Stage I avoided.
+    Here the teacher makes them once, with its 28 steps, guided with α as in Stage I. (Guided
+    everywhere it costs little variety, unguided much accuracy: docs/EXPERIMENTS.md, 5.)
     """
     device, shape, maker = prompts.device, init["latent_shape"], None
     batches = torch.arange(settings.references).split(128 if preset.captions == "tiny" else 4)
