@@ -326,9 +326,9 @@ def draw_collapse(bench):
         # Named, since cost.png asks for the guided teacher's pictures again: 56 passes each.
         panels.append((label, count, TEACHER,
                        bench.pictures(name, bench.by_teacher(guidance, bench.stock))))
-    for name, label in (("plain", "plain DMD: student of the teacher above"),
-                        ("stage1", f"Stage I: its teacher is guided where σ ≤ {bench.alpha:g}"),
-                        ("stage2", "Stage II, which goes on from Stage I")):
+    for name, label in (("plain", "plain DMD: guided at all levels"),
+                        ("stage1", f"Stage I: guided where σ ≤ {bench.alpha:g}"),
+                        ("stage2", "Stage II after it")):
         student, span, f = bench.run(name)
         count = nfe(2, span, len(student.transformer_blocks)) if span else 2
         panels.append((label, count, STUDENT,
@@ -346,11 +346,10 @@ def draw_collapse(bench):
                   transform=axes.transAxes)
     for axes in places[:, 0]:
         axes.set_ylabel("share of pictures")
-    figure.suptitle(f"Which scene comes behind the shape? A bar is a caption, {n} pictures; its "
-                    "lowest part is the usual scene of its shape (dashed: that part's height in "
-                    "the data).\nGood is what looks like the data; bars of one colour are the "
-                    "collapse. Entropy of the scenes: mean over the captions; 1.39 at most.\n",
-                    size=12)
+    figure.suptitle(f"Which scene comes behind the shape? A bar is a caption, {n} pictures. Its "
+                    "lowest part is the usual scene of its shape;\ndashed is that part's height in "
+                    "the data. Good is what looks like the data; one colour is collapse.\n"
+                    "Entropy of the scenes: mean over the captions, 1.39 at most.\n", size=12)
     # One legend for all, under the panels.
     handles = [axes.patches[0].__class__((0, 0), 1, 1, color=color)
                for color in SCENE_COLOURS.values()]
