@@ -540,7 +540,8 @@ def cost_paths(bench):
         recipe = read_recipe(folder)
         student, of_run, its_f = load_student(folder, bench.preset, recipe, bench.device)
         sample = bench.by_student(student, of_run, its_f, sigma_grid(recipe["steps"]))
-        rows.append((Path(folder).name, folder, recipe["nfe"], True, sample, STUDENT))
+        label = f"Stage II, blocks {of_run[0]}–{of_run[1]} by f" if its_f else Path(folder).name
+        rows.append((label, folder, recipe["nfe"], True, sample, STUDENT))
     return sorted(rows, key=lambda row: -row[2])
 
 
