@@ -33,6 +33,7 @@ from pathlib import Path
 from unittest import mock
 
 import run
+from tools.processes import any_process, join_processes, processes
 from tools.settings import UserError, command, option, parse_settings
 from run import Run, save_tensors, save_whole, versions
 
@@ -234,19 +235,19 @@ def shard(model, way):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     device = torch.device("cpu")
-    run.join_processes(device)
+    join_processes(device)
     preset = find_preset(model)
-    run.any_process(False)                                # imports and connections are made
+    any_process(False)                                # imports and connections are made
     before = memory_now()
     if way == "new":
         net = place(load_transformer(preset, everywhere=False), device)
     else:
-        net, mesh = load_transformer(preset), init_device_mesh("cpu", (run.processes(),))
+        net, mesh = load_transformer(preset), init_device_mesh("cpu", (processes(),))
         for block in net.transformer_blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(net, mesh=mesh)
     whole = sum(4 * parameter.numel() for parameter in net.parameters())
-    run.any_process(False)
+    any_process(False)
     print((of_process("status", "VmHWM") - before) * 1024 / whole)
 
 
