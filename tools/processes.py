@@ -7,6 +7,7 @@ the plain thing.
 """
 
 import atexit
+import gc
 import math
 import os
 from datetime import timedelta
@@ -36,7 +37,10 @@ def join_processes(device):
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
-        atexit.register(dist.destroy_process_group)       # or the processes abort at their end
+        # At the end the group goes, or its threads abort the process. What is left of sharded
+        # networks holds it, so that goes first: the last one registered is the first to run.
+        atexit.register(dist.destroy_process_group)
+        atexit.register(gc.collect)
 
 
 def share(batch):
