@@ -50,6 +50,7 @@ def pictures(outputs):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_its_cells_run_in_order_and_print_what_is_committed(monkeypatch):
     """Catches a change of the method that breaks the lecture, and a cell that was edited and not
     executed again."""
