@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from tools.settings import (CommonSettings, UserError, check_batch, command, fill_in, option,
                             parse_settings)
-from tools.processes import clip_and_step, first, join_processes, micro_batches, share
+from tools.processes import adamw, clip_and_step, first, join_processes, micro_batches, share
 from run import Run, rng
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
                     importance_curve, renoise, window, x0_from_velocity)
@@ -253,8 +253,8 @@ def main(argv):
         student.enable_gradient_checkpointing()
         fake_score.enable_gradient_checkpointing()
     networks = {"student": student, "fake_score": fake_score}
-    optimizers = {"student": adamw(student, settings.student_lr),
-                  "fake_score": adamw(fake_score, settings.fake_lr)}
+    optimizers = {"student": adamw(student, settings.student_lr, BETAS, WEIGHT_DECAY),
+                  "fake_score": adamw(fake_score, settings.fake_lr, BETAS, WEIGHT_DECAY)}
 
     start = run.restore(networks, optimizers)                   # 0, or where a run was interrupted
     recipe = recipe_of(preset, 1, settings.steps, settings.alpha, settings.guidance, shape,
@@ -318,12 +318,6 @@ def main(argv):
 
 
 SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics, in the bar
-
-
-def adamw(net, lr):
-    """The optimiser of one network."""
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY,
-                             fused=True)
 
 
 def load_batch(batch, prompts, device, accumulation):

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from tools.settings import (CommonSettings, UserError, check_batch, command, fill_in, option,
                             parse_settings)
-from tools.processes import clip_and_step, first, join_processes, micro_batches, share, share_of
+from tools.processes import (adamw, clip_and_step, first, join_processes, micro_batches, share,
+                             share_of)
 from run import Run, content_of, rng, save_tensors
 from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss, guidance_weight
@@ -326,10 +327,11 @@ def main(argv):
     # No fake score any more, and the teacher only while it makes the references: Stage II needs far
     # less memory than Stage I.
     prompts = Prompts(preset, texts, device, run.folder.parent)    # frees the text encoders again
-    student = empty_transformer(base_config(preset))
-    if first():                                           # place() sends the others their pieces
+    if first():
         dtype = lora_base_dtype(device) if settings.lora_rank else torch.float32
         student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"), dtype)
+    else:                                                 # place() sends the others their pieces
+        student = empty_transformer(base_config(preset))
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
     if span and not settings.no_compensation:
@@ -344,11 +346,12 @@ def main(argv):
 
     # Only the discriminator's heads learn; its backbone, the VAE and the text encoders are frozen.
     networks = {"student": student, "discriminator": discriminator.heads}
-    optimizers = {"student": adamw(student, settings.student_lr),
-                  "discriminator": adamw(discriminator.heads, settings.discriminator_lr)}
+    optimizers = {"student": adamw(student, settings.student_lr, BETAS, WEIGHT_DECAY),
+                  "discriminator": adamw(discriminator.heads, settings.discriminator_lr, BETAS,
+                                         WEIGHT_DECAY)}
     if f is not None:
         networks["compensation"] = f
-        optimizers["compensation"] = adamw(f, settings.compensation_lr)
+        optimizers["compensation"] = adamw(f, settings.compensation_lr, BETAS, WEIGHT_DECAY)
     # The generator is student and f together: they share one gradient norm, as in the official
     # code.
     generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
@@ -444,12 +447,6 @@ def main(argv):
     print(f"{run.folder}: {recipe['nfe']:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
-
-
-def adamw(net, lr):
-    """The optimiser of one network; with LoRA not all of its parameters learn."""
-    learning = [p for p in net.parameters() if p.requires_grad]
-    return torch.optim.AdamW(learning, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def stage2_recipe(settings, preset, init, span, f, blocks):

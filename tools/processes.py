@@ -82,6 +82,12 @@ def micro_batches(batch, parts):
 
 # ================================================================== optimisers and states
 
+def adamw(net, lr, betas, weight_decay):
+    """The optimiser of what learns in a network: with LoRA not all of its parameters do."""
+    learning = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.AdamW(learning, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
 def clip_and_step(optimizers, max_norm=math.inf):
     """Clips the gradients of all `optimizers` jointly, steps and clears them; returns the norm.
     A norm that is not finite changes no weight.
