@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import make_compensation
-from model import check_base, empty_transformer
+from model import base_config, empty_transformer
 from sampler import forward_flops
 from tools.rehearsal import KINDS, SHARDED, picture_networks, prompt_sizes, rehearse
 
@@ -284,7 +284,7 @@ def turn_line(what, passes, full, pictures, settings):
 def plan(stage, preset, settings, shape, steps=2, span=None):
     """The plan of a run as text. settings are those of the stage's script; shape: latents
     [C, H, W]. Stage II passes the steps of its Stage I run and its span (n, m) or None."""
-    config = preset.architecture or check_base(preset)
+    config = preset.architecture or base_config(preset)
     shape = tuple(shape)
     steps = settings.steps if stage == 1 else steps
     needs = measure(stage, preset, settings, shape, config, steps, span)

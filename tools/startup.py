@@ -237,7 +237,7 @@ def shard(model, way):
     device = torch.device("cpu")
     join_processes(device)
     preset = find_preset(model)
-    any_process(False)                                # imports and connections are made
+    any_process(False)                                    # imports and connections are made
     before = memory_now()
     if way == "new":
         net = place(load_transformer(preset, everywhere=False), device)
