@@ -66,7 +66,7 @@ EXPERIMENTS = {                              # name: (what the paper says, varia
                Variant("without a cache", "", "--cached-blocks none")]),
     "width": ("Width of the cached span (sweep).",
               [Variant("no cache", "", "--cached-blocks none"), trained("1-3"),
-               STAGE2._replace(label="1-4, co-trained")]),
+               STAGE2._replace(label="1-4, co-trained"), trained("1-6")]),
     "place": ("Place of the cached span: where plain reuse hurts, co-training mends (sweep).",
               [STAGE1, reused("1-4"), STAGE2._replace(label="1-4, co-trained"),
                reused("3-6"), trained("3-6")]),
