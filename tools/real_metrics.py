@@ -59,7 +59,7 @@ class RealMeter(torch.nn.Module):
 
     def __init__(self, load_network, clip=None, pickscore=None, dino=None):
         super().__init__()
-        from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, Dinov2Model
+        from transformers import BitImageProcessor, CLIPModel, CLIPProcessor, Dinov2Model
         from transformers.utils import logging
         logging.disable_progress_bar()
         for name, cls, source in (("clip", CLIPModel, clip or CLIP),
@@ -72,7 +72,7 @@ class RealMeter(torch.nn.Module):
         self.processors, self.resize = {}, {}
         for name, cls, source in (("clip", CLIPProcessor, clip or CLIP),
                                   ("pickscore", CLIPProcessor, pickscore or PICKSCORE_PROCESSOR),
-                                  ("dino", AutoImageProcessor, dino or DINO)):
+                                  ("dino", BitImageProcessor, dino or DINO)):
             with foreign(cls, source):
                 self.processors[name] = cls.from_pretrained(source)
             one = getattr(self.processors[name], "image_processor", self.processors[name])
