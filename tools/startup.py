@@ -263,7 +263,7 @@ def compare_memory(model):
         twins = []
         for rank in ("0", "1"):
             where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port,
-                     "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(HERE)}
+                     "MASTER_ADDR": "127.0.0.1"}
             twins.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
                                           stderr=subprocess.PIPE, text=True,
                                           env={**os.environ, **where}, cwd=HERE))
@@ -305,16 +305,16 @@ def main(argv):
     settings = parse_settings(Settings, argv, "-m tools.startup", __doc__.split("\n\n")[0])
     if not Path("/proc/self/clear_refs").exists():
         raise UserError("tools.startup reads /proc, which only Linux has")
-    device = pick_device(settings.device or "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if settings.model is None:
             write_stand_in(folder / "stand-in")
+        preset = find_preset(settings.model or str(folder / "stand-in"))
+        device = pick_device(preset, settings.device or "cpu")
         print(f"{settings.model or 'a stand-in'}, {device}, medians of {settings.rounds} "
               f"alternated rounds, {versions()}")
         print(f"{'':52}{'old way':>13}{'new way':>13}{'new / old':>13}", flush=True)
-        print_rows(find_preset(settings.model or str(folder / "stand-in")), device, folder,
-                   settings)
+        print_rows(preset, device, folder, settings)
 
 
 if __name__ == "__main__":

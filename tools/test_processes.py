@@ -26,6 +26,13 @@ from tools.processes import first
 HERE = Path(__file__).resolve().parent.parent
 
 
+def environment():
+    """For scripts of torchrun that lie elsewhere: they find the modules, and take one core each."""
+    paths = [str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture(scope="session")
 def small_sd3(tmp_path_factory):
     """SD3-Medium's pipeline in the layout of the hub: T5 and both CLIPs with their own kinds of
@@ -103,7 +110,7 @@ def one_and_two(small_sd3, tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(script)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("look at") == 4, "only the first process prints"
     unfinished(folder / "two", folder / "two-one")

@@ -28,6 +28,7 @@ import train_stage1
 import train_stage2
 from test_all import SMALL, STAGE2, weights
 from tools.processes import clip_and_step, optimizer_tensors
+from tools.test_processes import environment
 from tools.test_tools import assert_same_student, lines_of, one_process, refused  # noqa: F401
 
 HERE = Path(model.__file__).parent
@@ -370,7 +371,7 @@ def test_the_second_process_never_holds_a_whole_network(small_sd3, tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
          "29677", str(tmp_path / "memory.py"), str(base)], cwd=HERE, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        capture_output=True, env=environment())
     assert process.returncode == 0, process.stderr[-2000:]
     share = float(process.stdout.split("SHARE")[1].split()[0])
     assert 0.5 < share < 0.9, "half of the network, and what is on its way"
