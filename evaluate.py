@@ -84,7 +84,7 @@ def resolve(settings):
     fill_in(settings, {"samples_per_prompt": 32 if tiny_world else 4,
                        "batch_size": 128 if tiny_world else 4,
                        "out": f"results/{Path(preset.name).name}"})
-    pick_device(settings.device)
+    pick_device(preset, settings.device)
     if not tiny_world and not (settings.checkpoint and settings.prompts):
         raise UserError("real models need --checkpoint RUN and --prompts FILE")
     if Path(settings.out).is_file():
@@ -474,7 +474,8 @@ def save_grid(path, rows, albums, prompts, n):
 def main(argv):
     settings = parse_settings(Settings, argv, "evaluate.py", __doc__.split("\n\n")[0])
     preset, texts, recipes = resolve(settings)
-    device, out, n = pick_device(settings.device), Path(settings.out), settings.samples_per_prompt
+    device, out = pick_device(preset, settings.device), Path(settings.out)
+    n = settings.samples_per_prompt
     tiny_world = preset.captions == "tiny"
     leader = next(iter(recipes.values()))                 # first run: its w, α guide the teacher
 

@@ -292,17 +292,22 @@ def loading(what, source):
             log.enable_progress_bar()
 
 
-def pick_device(name=None):
-    """The torch device: the one named, else cuda, mps or cpu, the first that is there."""
+def pick_device(preset, name=None):
+    """The torch device: the one named; else cuda for a real model, where it is there, and the CPU
+    for the miniature."""
     there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
     if torch.cuda.is_available():
-        there.insert(0, "cuda")
+        there.append("cuda")
+    if torch.backends.mps.is_available():
+        there.append("mps")
     if name and name not in there:
         raise UserError(f"--device {name}: this PyTorch finds no such device; there is "
                         f"{', '.join(there)}")
-    device = torch.device(name or there[0])
+    # The miniature's networks are so small that a GPU waits for Python most of the time: an H200
+    # takes as long as two cores. And on a CPU its numbers are those of the docs.
+    if not name:
+        name = "cuda" if "cuda" in there and preset.captions != "tiny" else "cpu"
+    device = torch.device(name)
     if device.type == "cuda":
         # fp32 products in TF32 (the VAE's and f's; the networks' are bf16), and the fastest
         # convolutions, found by trial. What they were before comes back at the end.

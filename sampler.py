@@ -467,7 +467,8 @@ def main(argv):
     if settings.prompt and settings.prompts:
         raise UserError("give --prompt or --prompts, not both")
     recipe = read_recipe(settings.checkpoint)
-    preset, device = find_base(recipe, settings.model), pick_device(settings.device)
+    preset = find_base(recipe, settings.model)
+    device = pick_device(preset, settings.device)
     texts = choose_prompts(preset, settings.prompts, settings.prompt)
     # Nobody wants a picture of each of them when no prompt was given.
     if not settings.prompt and not settings.prompts and preset.captions != "tiny":

@@ -109,7 +109,7 @@ def resolve(settings):
     settings.model = preset.name                                # a folder's path from anywhere
     settings.out = settings.out or f"runs/{Path(preset.name).name}-stage1"
     check_batch(settings)
-    pick_device(settings.device)
+    pick_device(preset, settings.device)
     texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
     if settings.dry_run and preset.architecture:                # planned without a download
         config, factor = preset.architecture, 8
@@ -231,7 +231,7 @@ def main(argv):
         from tools.plan import plan
         print(plan(1, preset, settings, shape))
         return
-    device = pick_device(settings.device)
+    device = pick_device(preset, settings.device)
     join_processes(device)
     resolved["device"] = str(device)
     # What a resumed run must find again, though it may lie elsewhere.

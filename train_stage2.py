@@ -135,7 +135,7 @@ def resolve(settings):
     if settings.cached_blocks == "none" or settings.no_compensation:
         settings.warmup = 0                               # there is no f to warm up
     check_batch(settings)
-    pick_device(settings.device)
+    pick_device(preset, settings.device)
     texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
 
     # Where to start: a finished Stage I run of the same base model.
@@ -306,7 +306,7 @@ def main(argv):
         from tools.plan import plan
         print(plan(2, preset, settings, shape, steps, span))
         return
-    device = pick_device(settings.device)
+    device = pick_device(preset, settings.device)
     join_processes(device)
     resolved["device"] = str(device)
     # What a resumed run must find again, though it may lie elsewhere.

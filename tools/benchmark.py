@@ -136,7 +136,8 @@ def time_pipeline(pipe, preset, pixels, span, f, rounds):
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "-m tools.benchmark", __doc__.split("\n\n")[0])
-    preset, device = find_preset(settings.model), pick_device(settings.device)
+    preset = find_preset(settings.model)
+    device = pick_device(preset, settings.device)
     dtype = torch.float32 if preset.captions == "tiny" else torch.bfloat16
     net = load_transformer(preset, dtype).to(device)
     config = net.config

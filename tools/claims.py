@@ -95,7 +95,7 @@ class Settings:
     samples_per_prompt: int = option(128, "n, samples for each of the 24 captions",
                                      low=2, high=4096)
     eval_seed: int = option(200, "evaluation seed; no training may use it", low=0, high=2**31 - 1)
-    jobs: int = option(None, "trainings side by side (default: one a core, up to 8; on a GPU one)",
+    jobs: int = option(None, "trainings side by side (default: one a core, up to 8)",
                        low=1, high=64)
     runs: str = option("runs/claims", "folder of the runs, kept")
     out: str = option("results/claims", "folder for claims.md, results.json and the plots")
@@ -340,10 +340,8 @@ def plot(path, x, series):
 
 def train(stages, jobs):
     """Runs Stage I's commands, then Stage II's, so many side by side."""
-    from model import pick_device
     cores = os.cpu_count() or 1
-    if not jobs:
-        jobs = min(8, cores) if pick_device(None).type == "cpu" else 1
+    jobs = jobs or min(8, cores)
     threads = max(1, cores // jobs) if jobs > 1 else None
     for lines in stages:
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:

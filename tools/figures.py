@@ -82,7 +82,7 @@ class Bench:
 
     def __init__(self, settings):
         self.settings, self.preset = settings, find_preset("tiny")
-        self.device = pick_device(settings.device)
+        self.device = pick_device(self.preset, settings.device)
         # α and w are those that the Stage I run was trained with, not today's defaults.
         self.recipe = read_recipe(settings.stage1)
         self.alpha, self.w = self.recipe["alpha"], self.recipe["guidance"]

@@ -254,7 +254,7 @@ def main(argv):
                        "batch_size": 64 if tiny else 2})
     if Path(settings.out).is_file():
         raise UserError(f"--out {settings.out} is a file; give a folder")
-    device = pick_device(settings.device)
+    device = pick_device(preset, settings.device)
     texts = choose_prompts(preset, settings.prompts)
     config = check_base(preset)
     if len(texts) < 2:

@@ -184,7 +184,8 @@ def main(argv):
     recipe = read_recipe(settings.checkpoint)
     if recipe["steps"] < 2:
         raise UserError(f"{settings.checkpoint} has one step: there is nothing to reuse")
-    preset, device = find_preset(recipe["base"]), pick_device(settings.device)
+    preset = find_preset(recipe["base"])
+    device = pick_device(preset, settings.device)
     pool = default_prompts(preset)
     chosen = torch.randint(len(pool), (settings.samples,), generator=rng(settings.seed, "prompts"))
     # Of each roll-out its own prompt: a block may do the same again for one and not for another.

@@ -284,6 +284,8 @@ def turn_line(what, passes, full, pictures, settings):
 def plan(stage, preset, settings, shape, steps=2, span=None):
     """The plan of a run as text. settings are those of the stage's script; shape: latents
     [C, H, W]. Stage II passes the steps of its Stage I run and its span (n, m) or None."""
+    if preset.captions == "tiny" and not settings.device:
+        settings = dataclasses.replace(settings, device="cpu")            # as model.pick_device
     config = preset.architecture or base_config(preset)
     shape = tuple(shape)
     steps = settings.steps if stage == 1 else steps

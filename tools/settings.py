@@ -65,8 +65,8 @@ class CommonSettings:
               "takes no more than 2% of the time", low=1)
     sample_every: int = option(None, "iterations between sample grids", low=1)
     log_every: int = option(5, "iterations between lines of metrics.jsonl", low=1)
-    device: str = option(None, "where to run (default: the fastest there is)",
-                         choices=("cpu", "cuda", "mps"))
+    device: str = option(None, "where to run (default: the miniature on the CPU, a real model on "
+                              "CUDA if it is there)", choices=("cpu", "cuda", "mps"))
     dry_run: bool = option(False, "print the resolved settings and the memory plan and stop")
     overwrite: bool = option(False, "start again although the run folder holds a run")
     debug: bool = option(False, "show tracebacks")

@@ -377,6 +377,17 @@ def test_the_second_process_never_holds_a_whole_network(small_sd3, tmp_path):
     assert 0.5 < share < 0.9, "half of the network, and what is on its way"
 
 
+def test_the_miniature_stays_on_the_cpu_where_a_gpu_is(monkeypatch):
+    """Its numbers are a CPU's, and a GPU is no faster. Catches a README whose commands give other
+    numbers on a machine that happens to have one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tiny, real = (model.find_preset(name) for name in ("tiny", "sd3-medium"))
+    assert model.pick_device(tiny).type == "cpu"
+    assert model.pick_device(tiny, "cuda").type == "cuda"
+    assert model.pick_device(real).type == "cuda"
+    assert model.pick_device(real, "cpu").type == "cpu"
+
+
 def test_pictures_of_a_gpus_decoder_look_the_same(monkeypatch):
     """On a GPU the VAE is in bf16. Catches a decoder that loses more than the eye sees."""
     tiny, cpu = model.find_preset("tiny"), torch.device("cpu")
