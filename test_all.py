@@ -1,7 +1,7 @@
 """What the project claims, in the order of the reading: conventions and equations, Stage I, the
 cache, the sampler, Stage II, runs. Names are sentences; a docstring says which mistake a test would
-catch. What does not belong to the reading is tested in tools/test_*.py: stock pipelines, several
-processes, faults, tools.
+catch. What does not belong to the reading is tested in tools/test_*.py: other switches, stock
+pipelines, several processes, faults, tools.
 
     python -m pytest -q test_all.py
 
@@ -489,23 +489,6 @@ def test_levels_are_drawn_inside_each_samples_own_window():
     assert shape == SHAPE and agree == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_process_draws_its_own_noises_alone(monkeypatch):
-    """Catches processes that see other numbers than one does, and one that draws for all."""
-    settings, (_, _, texts) = settings_of(train_stage1, ["--batch-size", "8"])
-    whole = train_stage1.draw_batch(5, settings, SHAPE, sampler.sigma_grid(2), texts)
-    drawn = []
-    def spy(seed, numbers, *rest):
-        drawn.append(len(numbers))
-        return sampler.image_noise(seed, numbers, *rest)
-    monkeypatch.setattr(train_stage1, "image_noise", spy)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "2")
-    part = train_stage1.draw_batch(5, settings, SHAPE, sampler.sigma_grid(2), texts)
-    assert part.keys() == whole.keys() and drawn == [2, 2, 2]
-    for name, values in part.items():
-        assert values.equal(whole[name][4:6]), name
-
-
 def test_training_never_sees_the_noise_of_an_evaluation():
     """Also with the same seed. Catches a student that learns by heart what it is measured on."""
     pictures = sampler.image_noise(42, range(64), SHAPE).flatten(1)
@@ -702,24 +685,6 @@ def test_checkpointing_gives_the_cached_step_the_same_gradients():
         assert_close(gradients(other), gradients(one), 1e-5)
 
 
-def test_compiled_blocks_take_the_cached_path():
-    """torch.compile is applied to blocks. Catches a cache that is traced into them, or lost."""
-    net = any_net("sd3.5-medium")
-    f, (x, prompt), sigmas = trained_compensation(net), inputs(net), sampler.sigma_grid(2)
-    found = []
-    for compiled in (False, True):
-        if compiled:
-            for block in net.transformer_blocks:
-                block.forward = torch.compile(block.forward, dynamic=False, backend="eager")
-        with torch.no_grad():
-            full = sampler.roll_out(net, x, prompt, sigmas)[0][-1]
-            cached = sampler.roll_out(net, x, prompt, sigmas, (1, 2), f)[0][-1]
-        found.append((full, cached))
-    assert not torch.allclose(*found[0], atol=1e-3)
-    for one, other in zip(*found, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
 def test_a_path_of_more_than_two_steps_reuses_the_first_residual(teacher):
     """Catches a Δ0 that is recorded again from a step whose span did not run."""
     (x, prompt), f, span = inputs(teacher), trained_compensation(teacher), (1, 4)
@@ -751,34 +716,6 @@ def test_nfe_counts_the_papers_numbers():
     assert nfe(2, (1, 4), 12) == pytest.approx(1.667, abs=1e-3) and nfe(4, (1, 4), 12) == 3
     parameters = sum(p.numel() for p in make_compensation(1536).parameters())
     assert parameters == pytest.approx(18.9e6, rel=0.01)
-
-
-@pytest.mark.parametrize("name, span, flops, with_f", [
-    ("sd3-medium", (2, 9), 1.666, 1.676), ("sd3.5-medium", (2, 9), 1.608, 1.615),
-    ("sd3.5-large", (2, 11), 1.737, 1.743)])
-def test_the_nfe_meter_gives_the_known_numbers(name, span, flops, with_f):
-    """By FLOPs with f, at 1024² and 333 text tokens. Catches a counter that misses attention."""
-    counted = sampler.count_nfe(model.PRESETS[name], span)
-    assert counted["flops"] == pytest.approx(flops, abs=1e-3)
-    assert counted["flops_with_f"] == pytest.approx(with_f, abs=1e-3)
-
-
-@pytest.mark.parametrize("name, billions, blocks, width, norms, dual, side", [
-    ("sd3-medium", 2.028, 24, 1536, 0, 0, 192), ("sd3.5-medium", 2.243, 24, 1536, 4, 13, 384),
-    ("sd3.5-large", 8.057, 38, 2432, 4, 0, 192)])
-def test_presets_have_the_published_architecture(name, billions, blocks, width, norms, dual, side):
-    """Parameters, blocks, width, qk-norm, dual attention, largest side, from the built network.
-    Catches a preset that some default fills in differently."""
-    with torch.device("meta"):
-        net = CachedSD3(**model.PRESETS[name].architecture)
-    assert sum(p.numel() for p in net.parameters()) == pytest.approx(billions * 1e9, rel=5e-4)
-    assert (len(net.transformer_blocks), net.inner_dim) == (blocks, width)
-    attention = net.transformer_blocks[0].attn
-    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-    assert sum(getattr(attention, name) is not None for name in names) == norms
-    assert [block.attn2 is not None for block in net.transformer_blocks] == (
-        [True] * dual + [False] * (blocks - dual))
-    assert net.pos_embed.pos_embed.shape == (1, side ** 2, width)
 
 
 def test_a_saved_student_is_a_stock_folder(finished, prompts):
@@ -834,24 +771,6 @@ def test_alpha_costs_51_passes_on_the_stock_grid(teacher, prompts):
         counts = [sampler.sample_guided(teacher, x, prompt, uncond, grid, w, alpha)[1]
                   for w, alpha in ((4.0, 0.94), (1.0, 1.0))]
     assert counts == [51, 28]
-
-
-def pixels(path):
-    from PIL import Image
-    return torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8).int()
-
-
-def test_the_batch_size_changes_no_picture(finished2, tmp_path, capsys):
-    """Noise belongs to an image, not to its batch. The same run without its cache gives another
-    picture, and says so."""
-    words = ["--checkpoint", str(finished2), "--prompt", "a red circle", "--num-images", "4"]
-    for name, more in (("a", ["--batch-size", "4"]), ("b", ["--batch-size", "1"]),
-                       ("c", ["--no-cache"])):
-        sampler.main([*words, "--out", str(tmp_path / f"{name}.png"), *more])
-    a, b, c = (pixels(tmp_path / f"{name}.png") for name in "abc")
-    assert (a - b).abs().max() <= 1 and (a - c).abs().max() > 1
-    out = capsys.readouterr().out
-    assert "1.667 network evaluations" in out and "2 network evaluations" in out
 
 
 # ================================================================== Stage II
@@ -1038,111 +957,7 @@ def test_the_generator_never_meets_the_noise_of_a_reference(stage2):
     assert min(fresh) >= 8 and len(set(fresh)) == len(fresh) == 400
 
 
-@pytest.fixture(scope="session")
-def four_steps(tmp_path_factory):
-    """A Stage I run of four steps."""
-    out = tmp_path_factory.mktemp("four") / "steps"
-    record(train_stage1, [*SMALL, "--steps", "4", "--iterations", "1", "--out", str(out)])
-    return out
-
-
-def test_a_stage_one_run_with_more_steps_can_make_the_references(stage2, finished, four_steps,
-                                                                 prompts, decode, tmp_path):
-    """[official] Its own path in its own steps, without guidance. Catches a guided student."""
-    turns = record2([*STAGE2, "--init", str(finished), "--reference", str(four_steps),
-                     "--iterations", "2", "--out", str(tmp_path / "run")])
-    assert [turn["learners"] for turn in turns] == [["compensation"], ["discriminator"]]
-    net, x, prompt = stock_net(weights(four_steps)), stage2.noise(range(8)), stage2.chosen
-    with torch.no_grad():
-        for sigma, sigma_next in itertools.pairwise((1, 0.9, 0.75, 0.5, 0)):
-            x = x + (sigma_next - sigma) * ask(net, x, sigma, prompts.take(prompt))
-        expected = 255 * decode(x).clamp(0, 1)
-    assert (references_of(tmp_path / "run") - expected).abs().max() < 0.6
-    with pytest.raises(SystemExit):                       # the other way round: no better pictures
-        train_stage2.main(["--init", str(four_steps), "--reference", str(finished)])
-
-
-def test_a_student_of_four_steps_takes_stage_two_and_reuses_three_times(four_steps, finished2):
-    """Not the paper's matter, but it runs: 1 + 3·8/12 evaluations. Catches a loop written for two
-    steps."""
-    out = finished2.parent / "four"
-    turn, = record2([*STAGE2, "--init", str(four_steps), "--iterations", "1", "--out", str(out)])
-    assert turn["gradients"]["compensation"] and recipe(out)["nfe"] == 3
-    assert recipe(out)["sigmas"] == [1.0, 0.9, 0.75, 0.5, 0.0]
-
-
-@pytest.mark.parametrize("words, skipped, count", [
-    (["--cached-blocks", "none"], set(), 2.0), (["--no-compensation"], set("1234"), 1.6667)])
-def test_stage_two_without_cache_or_without_f_trains_the_student_from_the_start(
-        words, skipped, count, finished, finished2):
-    """The paper's "SFD", and plain reuse. Catches a warm-up of an f that is not there, blocks that
-    are skipped nevertheless, and an f that is saved."""
-    out = finished2.parent / words[0]
-    turn, _ = record2([*STAGE2, "--init", str(finished), *words, "--iterations", "2",
-                       "--out", str(out)])
-    assert turn["learners"] == ["student"] and "compensation" not in turn["weights"]
-    reached = {name.split(".")[1] for name in turn["gradients"]["student"]
-               if "transformer_blocks" in name}
-    assert reached == {str(i) for i in range(12)} - skipped
-    assert recipe(out)["nfe"] == count and not (out / "compensation.safetensors").exists()
-    _, span, f = sampler.load_student(out, TINY, sampler.read_recipe(out), "cpu")
-    assert span == ((1, 4) if skipped else None) and f is None
-
-
-def test_lora_is_merged_into_a_stock_folder(finished, finished2, prompts):
-    """The saved student without adapters gives the velocity that the trained one with adapters had.
-    Catches a scale that must be guessed, and LoRA weights lost on saving."""
-    pytest.importorskip("peft")
-    out, found, save = finished2.parent / "lora", [], train_stage2.save_transformer
-    x, prompt = sampler.image_noise(0, range(2), SHAPE), prompts.take([0, 1])
-
-    def spy(net, *others):
-        with torch.no_grad():
-            found.append(model.velocity(net, x, 1.0, prompt))
-        save(net, *others)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_stage2, "save_transformer", spy)
-        turns = record2([*STAGE2, "--init", str(finished), "--lora-rank", "2", "--warmup", "0",
-                         "--student-lr", "1e-2", "--iterations", "1", "--out", str(out)])
-    assert {name.split(".")[-3] for name in turns[0]["gradients"]["student"]} == {"lora_A",
-                                                                                "lora_B"}
-    with torch.no_grad():
-        merged = ask(stock_net(weights(out)), x, 1.0, prompt)
-        before = ask(stock_net(weights(finished)), x, 1.0, prompt)
-    assert torch.allclose(merged, found[0], atol=1e-4)
-    assert not torch.allclose(merged, before, atol=1e-3)
-
-
 # ================================================================== runs
-
-def test_a_run_leaves_what_the_contract_says(finished):
-    """settings, metrics, samples, two checkpoints, a student and its recipe; and no pickle."""
-    assert recipe(finished)["sigmas"] == [1.0, 0.75, 0.0] and recipe(finished)["iteration"] == 2
-    assert recipe(finished)["alpha"] == 0.94 and recipe(finished)["nfe"] == 2
-    assert "sigmas=[1.0, 0.5], num_inference_steps=2" in recipe(finished)["stock_call"]
-    names = [p.name for p in sorted(finished.glob("checkpoint-*"))]
-    assert names == ["checkpoint-000001", "checkpoint-000002"]
-    assert (finished / "samples" / "step_000002.png").exists()
-    assert [line["iteration"] for line in metrics(finished)] == [1, 2]
-    assert all(math.isfinite(line["loss_fake"]) for line in metrics(finished))
-    settings = json.loads((finished / "settings.json").read_text())
-    assert settings["settings"]["alpha"] == 0.94
-    assert settings["versions"]["torch"] == torch.__version__
-    assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".ckpt")]
-
-
-def test_a_stage_two_run_leaves_f_and_its_span_besides(finished, finished2):
-    """Skipped blocks keep Stage I's weights to the last bit."""
-    assert recipe(finished2)["cached_blocks"] == "1-4" and recipe(finished2)["stage"] == 2
-    assert recipe(finished2)["nfe"] == pytest.approx(1.6667, abs=1e-4)
-    assert recipe(finished2)["iteration"] == 5
-    f = load_file(finished2 / "compensation.safetensors")
-    assert f["image.down.weight"].abs().sum() > 0 and f["text.down.weight"].abs().sum() > 0
-    before, after = weights(finished), weights(finished2)
-    changed = {key.split(".")[1] for key in before
-               if "transformer_blocks" in key and not torch.equal(before[key], after[key])}
-    assert changed and not changed & set("1234")
-
 
 @pytest.fixture
 def no_pictures(monkeypatch):
@@ -1173,34 +988,3 @@ def test_a_resumed_stage_two_run_is_the_undisturbed_one_bit_for_bit(
         one, other = (load_file(run.checkpoints(folder)[-1] / f"{name}.safetensors")
                       for folder in (finished2, out))
         assert same(one, other)
-
-
-SAVING = ["--accumulation", "2", "--gradient-checkpointing"]
-
-
-def test_saving_memory_changes_no_gradient(turns1, tmp_path):
-    """Fake score's and student's. Catches a sum of micro-batches in the place of their mean."""
-    turns = record(train_stage1, [*PINNED1, "--iterations", "1", *SAVING,
-                                  "--out", str(tmp_path / "run")])
-    assert len(turns) == 2
-    for plain, saving in zip(turns1, turns, strict=False):
-        assert_close(saving["clipped"], plain["clipped"], 1e-2)
-
-
-def test_saving_memory_changes_no_gradient_of_stage_two(stage2, finished):
-    """G's and D's. Catches spectral norms that advance once for each micro-batch."""
-    turns = record2([*PINNED2, "--iterations", "2", "--init", str(finished), *SAVING,
-                     "--out", str(stage2.folder.parent / "saving")])
-    for plain, saving in zip(stage2.turns, turns, strict=False):
-        assert_close(saving["clipped"], plain["clipped"])
-
-
-@pytest.mark.parametrize("options", [
-    ["--steps", "4", "--alpha", "1.0", "--resolution", "24", "--importance", "paper"],
-    ["--steps", "1", "--form", "x0", "--importance", "uniform", "--loss", "official"]])
-def test_every_switch_of_stage_one_trains(options, tmp_path):
-    """Two iterations each. Catches a switch that only the settings know."""
-    turns = record(train_stage1, [*SMALL, "--iterations", "2", *options,
-                                  "--out", str(tmp_path / "run")])
-    assert len(turns) == 4 and recipe(tmp_path / "run")["iteration"] == 2
-    assert all(line["grad_norm_student"] > 0 for line in metrics(tmp_path / "run"))

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 import model
 import sampler
 import train_stage1
-from test_all import TINY, assert_close, metrics, recipe, record, record2, weights
+from test_all import (SHAPE, TINY, assert_close, metrics, recipe, record, record2, settings_of,
+                      weights)
 from tools.processes import first
 
 HERE = Path(__file__).resolve().parent.parent
@@ -170,3 +171,20 @@ def test_a_real_model_without_t5_takes_the_same_path(small_sd3, no_pictures, tmp
     sampler.main(["--checkpoint", str(out), "--prompt", "an old cat", "--num-images", "1",
                   "--out", str(tmp_path / "cat.png")])
     assert (tmp_path / "cat.png").exists()
+
+
+def test_a_process_draws_its_own_noises_alone(monkeypatch):
+    """Catches processes that see other numbers than one does, and one that draws for all."""
+    settings, (_, _, texts) = settings_of(train_stage1, ["--batch-size", "8"])
+    whole = train_stage1.draw_batch(5, settings, SHAPE, sampler.sigma_grid(2), texts)
+    drawn = []
+    def spy(seed, numbers, *rest):
+        drawn.append(len(numbers))
+        return sampler.image_noise(seed, numbers, *rest)
+    monkeypatch.setattr(train_stage1, "image_noise", spy)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    part = train_stage1.draw_batch(5, settings, SHAPE, sampler.sigma_grid(2), texts)
+    assert part.keys() == whole.keys() and drawn == [2, 2, 2]
+    for name, values in part.items():
+        assert values.equal(whole[name][4:6]), name

@@ -75,6 +75,36 @@ def sample(folder, out):
     return out.read_bytes()
 
 
+# ----------------------------------------------------------------------------- the presets
+
+@pytest.mark.parametrize("name, span, flops, with_f", [
+    ("sd3-medium", (2, 9), 1.666, 1.676), ("sd3.5-medium", (2, 9), 1.608, 1.615),
+    ("sd3.5-large", (2, 11), 1.737, 1.743)])
+def test_the_nfe_meter_gives_the_known_numbers(name, span, flops, with_f):
+    """By FLOPs with f, at 1024² and 333 text tokens. Catches a counter that misses attention."""
+    counted = sampler.count_nfe(model.PRESETS[name], span)
+    assert counted["flops"] == pytest.approx(flops, abs=1e-3)
+    assert counted["flops_with_f"] == pytest.approx(with_f, abs=1e-3)
+
+
+@pytest.mark.parametrize("name, billions, blocks, width, norms, dual, side", [
+    ("sd3-medium", 2.028, 24, 1536, 0, 0, 192), ("sd3.5-medium", 2.243, 24, 1536, 4, 13, 384),
+    ("sd3.5-large", 8.057, 38, 2432, 4, 0, 192)])
+def test_presets_have_the_published_architecture(name, billions, blocks, width, norms, dual, side):
+    """Parameters, blocks, width, qk-norm, dual attention, largest side, from the built network.
+    Catches a preset that some default fills in differently."""
+    with torch.device("meta"):
+        net = model.CachedSD3(**model.PRESETS[name].architecture)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(billions * 1e9, rel=5e-4)
+    assert (len(net.transformer_blocks), net.inner_dim) == (blocks, width)
+    attention = net.transformer_blocks[0].attn
+    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    assert sum(getattr(attention, name) is not None for name in names) == norms
+    assert [block.attn2 is not None for block in net.transformer_blocks] == (
+        [True] * dual + [False] * (blocks - dual))
+    assert net.pos_embed.pos_embed.shape == (1, side ** 2, width)
+
+
 # ----------------------------------------------------------------------------- forms of the folder
 
 @pytest.mark.parametrize("form", ["sharded", "fp16"])

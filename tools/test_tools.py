@@ -40,7 +40,7 @@ import model
 import sampler
 import train_stage1
 import train_stage2
-from test_all import SMALL, TINY, seeded, weights
+from test_all import SMALL, TINY, metrics, recipe, seeded, weights
 from tiny import make_teacher, world
 from tools import plan, prompt_files, random_model, rehearsal
 from tools.processes import clip_and_step, optimizer_tensors
@@ -235,6 +235,35 @@ def small_run(folder, iterations):
         trained.save(i, networks, optimizers)
         students.append(networks["student"].weight.detach().clone())
     return students
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    """settings, metrics, samples, two checkpoints, a student and its recipe; and no pickle."""
+    assert recipe(finished)["sigmas"] == [1.0, 0.75, 0.0] and recipe(finished)["iteration"] == 2
+    assert recipe(finished)["alpha"] == 0.94 and recipe(finished)["nfe"] == 2
+    assert "sigmas=[1.0, 0.5], num_inference_steps=2" in recipe(finished)["stock_call"]
+    names = [p.name for p in sorted(finished.glob("checkpoint-*"))]
+    assert names == ["checkpoint-000001", "checkpoint-000002"]
+    assert (finished / "samples" / "step_000002.png").exists()
+    assert [line["iteration"] for line in metrics(finished)] == [1, 2]
+    assert all(math.isfinite(line["loss_fake"]) for line in metrics(finished))
+    settings = json.loads((finished / "settings.json").read_text())
+    assert settings["settings"]["alpha"] == 0.94
+    assert settings["versions"]["torch"] == torch.__version__
+    assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".ckpt")]
+
+
+def test_a_stage_two_run_leaves_f_and_its_span_besides(finished, finished2):
+    """Skipped blocks keep Stage I's weights to the last bit."""
+    assert recipe(finished2)["cached_blocks"] == "1-4" and recipe(finished2)["stage"] == 2
+    assert recipe(finished2)["nfe"] == pytest.approx(1.6667, abs=1e-4)
+    assert recipe(finished2)["iteration"] == 5
+    f = load_file(finished2 / "compensation.safetensors")
+    assert f["image.down.weight"].abs().sum() > 0 and f["text.down.weight"].abs().sum() > 0
+    before, after = weights(finished), weights(finished2)
+    changed = {key.split(".")[1] for key in before
+               if "transformer_blocks" in key and not torch.equal(before[key], after[key])}
+    assert changed and not changed & set("1234")
 
 
 def test_the_newest_two_checkpoints_are_kept_and_everything_comes_back(tmp_path):
