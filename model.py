@@ -605,8 +605,8 @@ class Prompts:
         about = [everything, frozen_dtype(device), preset.text_length, preset.encode_batch]
         for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
             about.append(content_of(Path(preset.source) / part))
-        name = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
-        file = Path(folder) / f"prompts-{name}.safetensors"
+        self.content = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+        file = Path(folder) / f"prompts-{self.content}.safetensors"
         if first() and not file.exists():
             embeds, pooled = encode_prompts(preset, everything, device)
             save_tensors(file, {"embeds": embeds, "pooled": pooled})

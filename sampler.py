@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from tools.settings import UserError, command, option, parse_settings
 from tools.processes import first
-from run import FORMAT, checkpoints, content_of, read_json, replace_file, rng, write_json
+from run import (FORMAT, checkpoints, content_of, digest, read_json, replace_file, rng,
+                 write_json)
 from cache import CachedSD3, make_compensation, nfe
 from losses import euler, guidance_weight, guide, shift_sigma
 from model import (PRESETS, Decoder, Prompts, add_lora, base_config, base_content, call_network,
@@ -125,6 +126,12 @@ def guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha):
     v = velocity(teacher, torch.cat([x, x]), twice, (embeds, pooled))     # 2B×C×H×W
     v_cond, v_uncond = v.chunk(2)
     return guide(v_cond, v_uncond, guidance_weight(sigma, w, alpha))      # B×C×H×W
+
+
+def guidance_rule(w, alpha):
+    """The rule itself as 16 hex digits, a hash of its weights at 101 levels. A run keeps them: when
+    guidance_weight was edited, neither the run nor its references are continued."""
+    return digest({"weights": guidance_weight(torch.linspace(1, 0, 101), w, alpha)})[:16]
 
 
 def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):

@@ -37,8 +37,8 @@ from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_l
 from model import (Decoder, Prompts, base_content, check_base, choose_prompts, draw_pool,
                    find_preset, frozen_dtype, load_transformer, pick_device, place,
                    save_transformer, vae_factor, velocity)
-from sampler import (Gallery, guided_velocity, image_noise, keep_recipe, recipe_of, roll_out,
-                     sigma_grid)
+from sampler import (Gallery, guidance_rule, guided_velocity, image_noise, keep_recipe, recipe_of,
+                     roll_out, sigma_grid)
 from tools.curves import draw as draw_curves
 
 # ================================================================== settings and recipes
@@ -236,6 +236,7 @@ def main(argv):
     resolved["device"] = str(device)
     # What a resumed run must find again, though it may lie elsewhere.
     resolved["model_content"] = base_content(preset)
+    resolved["guidance_rule"] = guidance_rule(settings.guidance, settings.alpha)
     resolved["prompts_content"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     run = Run(settings.out, resolved, settings.overwrite)
     if run.finished(settings.iterations):

@@ -34,14 +34,14 @@ from tools.processes import (adamw, clip_and_step, first, join_processes, micro_
                              share_of)
 from run import Run, content_of, rng, save_tensors
 from cache import make_compensation, nfe
-from losses import discriminator_loss, euler, generator_loss, guidance_weight
+from losses import discriminator_loss, euler, generator_loss
 from model import (Decoder, Discriminator, Prompts, add_lora, base_config, base_content,
                    check_base, choose_prompts, draw_pool, empty_transformer, find_preset,
                    frozen_dtype, load_transformer, lora_base_dtype, not_shadowed, parse_span,
                    pick_device, place, save_transformer)
-from sampler import (Gallery, cached_velocity, check_same_base, few_step_config, image_noise,
-                     keep_recipe, load_few_step, load_scheduler, load_student, read_recipe,
-                     recipe_of, roll_out, sample_guided, sigma_grid, student_content,
+from sampler import (Gallery, cached_velocity, check_same_base, few_step_config, guidance_rule,
+                     image_noise, keep_recipe, load_few_step, load_scheduler, load_student,
+                     read_recipe, recipe_of, roll_out, sample_guided, sigma_grid, student_content,
                      teacher_sigmas)
 from tools.curves import draw as draw_curves
 
@@ -280,15 +280,15 @@ def is_run(reference):
     return (Path(reference) / "distill.json").exists()
 
 
-def references_folder(settings, init, resolved):
+def references_folder(settings, preset, init, prompts, resolved):
     """Where the references lie: beside the run folders, named by all that they depend on, so that
     runs which differ in something else share them."""
-    # Prompts, noises, size, the weights of whoever makes them, and the guidance: not only w and α
-    # but the rule itself, so that a changed guidance_weight makes new references.
-    about = [resolved["model_content"], resolved.get("reference_content", settings.reference),
-             settings.reference_steps, settings.references, settings.seed,
-             resolved["prompts_content"], init["latent_shape"], init["alpha"], init["guidance"]]
-    about += guidance_weight(torch.linspace(1, 0, 101), init["guidance"], init["alpha"]).tolist()
+    # Who makes them, and the VAE that decodes them.
+    about = [resolved["model_content"], content_of(Path(preset.source) / "vae"),
+             resolved.get("reference_content", settings.reference), settings.reference_steps]
+    # Encoded prompts, noises, size and number, and the teacher's guidance.
+    about += [prompts.content, settings.seed, init["latent_shape"], settings.references,
+              resolved["guidance_rule"]]
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
     return Path(settings.out).parent / f"references-{name}"
 
@@ -311,6 +311,7 @@ def main(argv):
     resolved["device"] = str(device)
     # What a resumed run must find again, though it may lie elsewhere.
     resolved["model_content"] = base_content(preset)
+    resolved["guidance_rule"] = guidance_rule(init["guidance"], init["alpha"])
     resolved["prompts_content"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     resolved["discriminator_content"] = content_of(preset.discriminator)
     resolved["init_content"] = student_content(settings.init)
@@ -364,8 +365,9 @@ def main(argv):
     # ------------------------------------------------------------- references, made once
     chosen = torch.randint(len(texts), (settings.references,),
                            generator=rng(settings.seed, "references"))    # R, their prompts
-    references = make_references(references_folder(settings, init, resolved), settings, preset,
-                                 init, prompts, chosen, decode, run)      # R×3×8H×8W, uint8
+    folder = references_folder(settings, preset, init, prompts, resolved)
+    references = make_references(folder, settings, preset, init, prompts, chosen, decode,
+                                 run)                                     # R×3×8H×8W, uint8
 
     # ------------------------------------------------------------- train
     begun = time.perf_counter()

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,41 @@ def test_prompts_and_init_are_told_by_what_they_hold(tmp_path, monkeypatch, caps
     train_stage1.main([*ONE, "--seed", "5", "--out", "other"])
     assert "init was run, is other with other content" in refused(
         train_stage2, [*words, "other"], capsys)
+
+
+def test_an_edited_guidance_rule_is_another_run(tmp_path, monkeypatch, capsys):
+    """The README's first experiment, with the commands of the default runs. Catches an edit that is
+    answered by "is finished", a run half by each rule, and references by the old one."""
+    monkeypatch.chdir(tmp_path)
+    words = [*STAGE2, "--iterations", "1", "--init", "run", "--out"]
+    train_stage1.main([*ONE, "--out", "run"])
+    train_stage2.main([*words, "second"])
+    monkeypatch.setattr(sampler, "guidance_weight",
+                        lambda sigma, w, alpha: torch.where(torch.as_tensor(sigma) <= 0.5, w, 1.0))
+    assert "guidance_rule was" in refused(train_stage1, [*ONE, "--out", "run"], capsys)
+    assert "guidance_rule was" in refused(train_stage2, [*words, "second"], capsys)
+    train_stage2.main([*words, "third"])
+    assert len(list(tmp_path.glob("references-*"))) == 2
+
+
+def test_references_are_named_by_all_that_they_depend_on(base):
+    """Catches old pictures beside which a changed run is judged, and the same ones made twice."""
+    resolved = {"model_content": "a", "guidance_rule": "b"}
+
+    def name(prompts="c", shape=(4, 8, 8), other=None, **settings):
+        settings = train_stage2.Settings(**{"out": "runs/x", "references": 8, **settings})
+        return train_stage2.references_folder(
+            settings, model.find_preset(str(base)), {"latent_shape": shape},
+            types.SimpleNamespace(content=prompts), resolved | (other or {}))
+
+    first = name()
+    assert name(out="runs/y", student_lr=1.0, warmup=7) == first
+    names = [first, name("d"), name(shape=(4, 8, 16)), name(seed=1), name(references=9),
+             name(reference="other/model"), name(reference_steps=8)]
+    names += [name(other={key: "d"}) for key in (*resolved, "reference_content")]
+    change(base / "vae" / "diffusion_pytorch_model.safetensors",
+           lambda tensors: tensors["decoder.conv_out.bias"].add_(0.1))
+    assert len({*names, name()}) == len(names) + 1
 
 
 # ----------------------------------------------------------------------------- F: its own schedule

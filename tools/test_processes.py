@@ -22,7 +22,7 @@ import sampler
 import train_stage1
 from test_all import (SHAPE, TINY, assert_close, metrics, recipe, record, record2, settings_of,
                       weights)
-from tools.processes import first
+from tools.processes import clip_and_step, first
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -188,3 +188,19 @@ def test_a_process_draws_its_own_noises_alone(monkeypatch):
     assert part.keys() == whole.keys() and drawn == [2, 2, 2]
     for name, values in part.items():
         assert values.equal(whole[name][4:6]), name
+
+
+def test_a_gradient_is_shortened_to_the_limit_and_never_lengthened():
+    """Of both networks jointly. Catches a factor above 1, and a norm for each network alone."""
+    def updates(limit):
+        nets = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+        optimizers = [torch.optim.SGD(net.parameters(), lr=1.0) for net in nets]
+        before = [net.weight.item() for net in nets]
+        for net, gradient in zip(nets, (3.0, 4.0), strict=True):
+            net.weight.grad = torch.tensor([[gradient]])
+        assert clip_and_step(optimizers, limit) == 5
+        assert all(net.weight.grad is None for net in nets)
+        return [old - net.weight.item() for old, net in zip(before, nets, strict=True)]
+    assert updates(10.0) == pytest.approx([3, 4], abs=1e-4)
+    assert updates(1.0) == pytest.approx([0.6, 0.8], abs=1e-4)
+    assert updates(float("inf")) == pytest.approx([3, 4], abs=1e-4)

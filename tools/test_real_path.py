@@ -324,26 +324,27 @@ def other_channels(run_folder, tmp_path):
 
 def test_a_checkpoint_holds_one_part_at_a_time(small_sd3, tmp_path, monkeypatch):
     """49 GB for SD3-Medium in Stage I. Catches all parts gathered before the first is written."""
-    alive, most, real = [], [], run.save_tensors
+    alive, most, order, real = [], [], [], run.save_tensors
 
     def watch(path, tensors):
         if "checkpoint" in str(path):
+            order.append("write")
             most.append(sum(ref() is not None for ref in alive))
             alive.extend(weakref.ref(tensor) for name, tensor in tensors.items()
                          if name.endswith("exp_avg"))
         real(path, tensors)
+
+    def copied(*arguments):
+        """The optimiser's tensors copied, as they are where they were on a GPU or in pieces."""
+        order.append("gather")
+        return {name: tensor.clone() for name, tensor in optimizer_tensors(*arguments).items()}
+
     monkeypatch.setattr(run, "save_tensors", watch)
-    monkeypatch.setattr(run, "optimizer_tensors", copied(optimizer_tensors))
+    monkeypatch.setattr(run, "optimizer_tensors", copied)
     train_stage1.main(["--model", str(small_sd3), *WORDS, "--iterations", "1", "--out",
                        str(tmp_path / "run")])
-    assert len(most) == 4 and len(alive) > 100 and max(most) == 0
-
-
-def copied(function):
-    """The function with its tensors copied, as they are where they were on a GPU or in pieces."""
-    def copy(*arguments):
-        return {name: tensor.clone() for name, tensor in function(*arguments).items()}
-    return copy
+    assert order == ["write", "write", "gather", "write", "gather", "write"]
+    assert len(alive) > 100 and max(most) == 0
 
 
 def test_saving_takes_two_percent_of_the_time_where_nothing_else_is_said(tmp_path, monkeypatch):
