@@ -14,7 +14,8 @@ adapter that takes the cached path inside a stock pipeline (BlockCache). It impo
 so it can be copied out. What trains f is train_stage2.py; what finds a span is tools/find_span.py.
 
 Dimension key: B batch, C latent channels, H W latent size, N image tokens, L text tokens, D width
-of a token, J and P widths of the text embeddings (model.py says what they are).
+of a token, J and P widths of the text embeddings (model.py says what they are). Elsewhere N counts
+the student's steps, and D is the discriminator.
 """
 
 import torch
@@ -49,7 +50,7 @@ class Compensation(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x):
-        # f stays in fp32 although autocast may have recorded Δ0 in bf16.
+        # Autocast may have recorded Δ0 in bf16; f's weights, which learn, are fp32.
         x = x.to(self.up.weight.dtype)
         hidden = self.up(self.norm(x))                                    # B×tokens×2D
         return x + self.down(nn.functional.gelu(hidden))                  # B×tokens×D
@@ -100,7 +101,8 @@ class CachedSD3(SD3Transformer2DModel):
         reuse = delta is not None
         side = hidden_states.shape[-2:]
 
-        # Both streams become tokens of width D: the image in patches of 2×2 latents.
+        # Both streams become tokens of width D. pos_embed is diffusers' name for two things: it
+        # makes a token of each patch of 2×2 latents, and adds where the patch lies.
         image = self.pos_embed(hidden_states).contiguous()                # B×C×H×W → B×N×D
         text = self.context_embedder(encoder_hidden_states)               # B×L×J → B×L×D
         temb = self.time_text_embed(timestep, pooled_projections)         # B×D
@@ -174,7 +176,7 @@ class BlockCache:
     between the calls. The first call of a sample path records it, the steps − 1 calls after it
     reuse it. A call belongs to the path if it brings the same prompt tensor, the same shape and a
     smaller timestep than the one before; any other call begins a path of its own and runs in full.
-    So no picture is ever made from the residual of another.
+    So no picture is made from the residual of another; after a path that was cut short, forget().
 
     ValueError for a span that does not fit, for what is no stock transformer and for one that has a
     cache already (remove() that one first), before anything is changed; and, from the call, for

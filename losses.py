@@ -21,8 +21,7 @@ official function. Constants carry their origin: [paper] ("second hand": quoted 
 import torch
 import torch.nn.functional as F
 
-GRID = 1000         # [official] intervals of the training grid, index i at u = 1 − i/1000; the
-                    # teacher samples on 28 steps of its own (sampler.teacher_sigmas)
+GRID = 1000         # [official] intervals of the training grid; index i is time u = 1 − i/1000
 EPSILON = 1e-6      # [ours] keeps divisions finite; the official code divides without one
 
 
@@ -50,27 +49,27 @@ def x0_from_velocity(x, sigma, v):
 
 
 def euler(x, v, sigma, sigma_next):
-    """One straight step along the flow: x at sigma_next from x at sigma. No noise is added (the
-    official code calls this η = 1; it is not DDIM's η)."""
+    """One straight step along the flow: x at sigma_next from x at sigma, x + (σ_next − σ)·v. No
+    noise is added."""
     return x + (to_shape(sigma_next, x) - to_shape(sigma, x)) * v
 
 
 def renoise(x, a, b, noise):
     """x at level a to level b ≥ a with fresh noise (Stage I; official: processor.py).
 
-    x_b = k·x_a + √(b² − (a·k)²)·noise   with   k = (1 − b)/(1 − a)
+    x_b = s·x_a + √(b² − (a·s)²)·noise   with   s = (1 − b)/(1 − a)
     """
     assert x.shape == noise.shape, "one noise for each latent"
     a = to_shape(a, x)
     b = to_shape(b, x)
-    # x_a holds (1 − a)·x0, level b wants (1 − b)·x0: shrink by k = (1 − b)/(1 − a). At a = 1 there
+    # x_a holds (1 − a)·x0, level b wants (1 − b)·x0: shrink by s = (1 − b)/(1 − a). At a = 1 there
     # is no picture left to shrink and no noise to add, so x stays as it is.
-    k = torch.where(a < 1, (1 - b) / (1 - a).clamp(min=EPSILON), torch.ones_like(a))
-    # The shrinking takes the old noise with it, from a down to a·k, which is less than b. Variances
-    # of independent noises add, so b² − (a·k)² is missing. Draw exactly that much, no more.
+    shrink = torch.where(a < 1, (1 - b) / (1 - a).clamp(min=EPSILON), torch.ones_like(a))
+    # The shrinking takes the old noise with it, from a down to a·s, which is less than b. Variances
+    # of independent noises add, so b² − (a·s)² is missing. Draw exactly that much, no more.
     # At b ≈ a float error can make the difference negative, and its root NaN: clamp it.
-    variance = (b ** 2 - (a * k) ** 2).clamp(min=0)
-    return k * x + variance.sqrt() * noise
+    variance = (b ** 2 - (a * shrink) ** 2).clamp(min=0)
+    return shrink * x + variance.sqrt() * noise
 
 
 # ================================================================== teacher guidance (Eq. 4)
@@ -141,10 +140,10 @@ def _interpolate(x, xs, ys):
 
 def window(k, sigmas, form="window"):
     """(high, low), each [B]: between which levels the sample of step k [B] may be re-noised; low is
-    also where the step ends. sigmas [N + 1] is the student's grid."""
+    also where the step ends. sigmas [N + 1] is the student's grid; σ_k+1 is the level after σ_k."""
     if form == "x0":
-        # The paper's figure: every step ends at its guess x̂0, which is re-noised to any level
-        # (deviation 2).
+        # The paper's figure: every step, whichever it is, ends at its guess x̂0, at σ = 0, and any
+        # level may judge it (deviation 2).
         return torch.ones(len(k)), torch.zeros(len(k))
     # The official code: the step leads from σ_k to σ_k+1, and is judged between these two only.
     # Below σ_k+1 the next step takes over; it is drawn, and judged, on its own.
@@ -167,9 +166,9 @@ def draw_sigma(random, high, low, weights, shift=3.0):
     #    the weights inside the window (official): they decide within a step, not between steps.
     running = (weights.double() * inside).cumsum(1)                       # B×1001
     mark = random[:, None].double() * running[:, -1:]                     # B×1
-    # 3. The first grid point whose running sum exceeds the mark.
+    # 3. The first grid point whose running sum exceeds the mark. There is one: random is below 1.
     index = torch.searchsorted(running, mark, right=True)[:, 0]
-    return sigmas[index.clamp(max=GRID)]                                  # B
+    return sigmas[index]                                                  # B
 
 
 # ================================================================== Stage I: distribution matching
@@ -187,12 +186,14 @@ def dmd_loss(p, p_teacher, p_fake):
     # its gradient is known: the fake score's answer minus the teacher's. So build a loss that has
     # this gradient: pretend that the right answer was p + p_teacher − p_fake, and hold it fixed.
     # A descent step moves p to where the teacher points, and away from where the student already
-    # is. The printed value is no distance to anything. Watch the gap |v_teacher − v_fake| instead.
+    # is. The printed value is no distance to anything. Watch the gap |v_teacher − v_fake| instead,
+    # which train_stage1.py logs.
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # Differences are small at low noise and large at high noise. Dividing by the sample's mean
-        # distance to p_teacher evens this out, not fully (as in DMD: how far the student still has
-        # to go). The mean runs over all dimensions but the batch (deviation 3).
+        # Differences are small at low noise and large at high noise. Divide by the sample's mean
+        # distance to p_teacher, as DMD does: it is larger where the student has further to go. This
+        # evens the levels out, though not fully. One mean for each sample (deviation 3: official
+        # one for each image column).
         scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
     return (0.5 * (p - target) ** 2 / scale).mean()
 

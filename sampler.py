@@ -5,7 +5,7 @@ and pictures from a run.
     python sampler.py --checkpoint runs/tiny-stage2 --prompts FILE
     python sampler.py --nfe-table                  # network evaluations of every model and span
 
-The grid and the Euler step here are the ones that training uses and that the stock pipeline
+The grid and the roll-out here are the ones that training uses and that the stock pipeline
 reproduces when it is called with `sigmas=[...]` (distill.json of a run holds the exact call).
 NFE is the number of network evaluations; guidance doubles an evaluation where it is on.
 
@@ -50,9 +50,10 @@ def sigma_grid(steps):
 def stock_sigmas(steps):
     """What to pass as `sigmas` to the stock pipeline: [1.0, 0.5] for two steps."""
     # The stock scheduler shifts what it is given and adds the final 0 itself, so pass u, not σ.
-    # Never rely on num_inference_steps=2 alone: the scheduler then spreads two steps over its 1,000
-    # timesteps, the last one included, and gives σ = 1, 0.0089, 0 instead of 1, 0.75, 0. The
-    # student has never seen 0.0089, and its pictures are blurred.
+    # Never rely on num_inference_steps=2 alone. The scheduler then spreads two steps over all of
+    # its noise levels, from the highest to the lowest, and shifts these (the lowest was shifted
+    # before): σ = 1, 0.0089, 0 instead of 1, 0.75, 0. So step one jumps from pure noise nearly to
+    # the picture, farther than it was trained to, and the picture is blurred.
     return [round(1 - i / steps, 6) for i in range(steps)]
 
 
@@ -71,20 +72,22 @@ def teacher_sigmas(scheduler, steps=TEACHER_STEPS):
     return scheduler.sigmas.cpu()
 
 
-def image_noise(seed, indices, shape, who="image"):
-    """Start noise [B, C, H, W], each image's from (seed, who, its index) alone: the batch size
-    changes no picture. who="training" has noises that no sample or evaluation ever uses."""
+def image_noise(seed, indices, shape, purpose="image"):
+    """Noise [B, C, H, W], each image's from (seed, purpose, its index) alone: the batch size
+    changes no picture. Both trainings have purposes of their own: no sample grid and no evaluation
+    starts from a noise that was trained on."""
     # One generator for each image, on the CPU: one for the whole batch would give an image another
     # noise whenever its neighbours or the device change.
-    noises = [torch.randn(shape, generator=rng(seed, who, int(i))) for i in indices]
+    noises = [torch.randn(shape, generator=rng(seed, purpose, int(i))) for i in indices]
     return torch.stack(noises)                                            # B×C×H×W
 
 
 # ================================================================== the student: 1.67 evaluations
 
 def cached_velocity(student, x, sigma, prompt, span=None, delta=None, f=None):
-    """(velocity [B, C, H, W] fp32, Δ0) of the student. Without delta every block runs and the
-    span's residual Δ0 is recorded; with it the span is skipped and f(Δ0) stands in for it."""
+    """(velocity [B, C, H, W] fp32, Δ0 or None) of the student. Without delta every block runs and
+    the residual Δ0 of the span, if there is one, is recorded; with delta the span is skipped and
+    f(Δ0) stands in for it."""
     # Δ0 is an argument and an answer, no state of the network: it cannot be left over from another
     # prompt, and gradient checkpointing may run the blocks again later.
     v, delta = call_network(student, x, sigma, prompt, span=span, delta=delta, f=f)
@@ -94,18 +97,22 @@ def cached_velocity(student, x, sigma, prompt, span=None, delta=None, f=None):
 def roll_out(student, x, prompt, sigmas, span=None, f=None):
     """The student's path from noise x [B, C, H, W] along sigmas [N + 1]: (latents, velocities, Δ0).
 
-    There are N + 1 latents, of which the last is the sample, and N velocities, all [B, C, H, W].
-    With a span this is the 1.67-step sampler of the paper; without one every step is a full one.
+    There are N + 1 latents and N velocities, all [B, C, H, W]. The last latent is the sample, if
+    sigmas end at 0. With a span this is the 1.67-step sampler of the paper; without one every step
+    is a full one.
     """
+    # Training and inference both come here: Stage II learns on exactly the path that is used later
+    # (paper: "inference-consistent"). It stops before the last step, which it takes with gradient
+    # (train_stage2.last_step).
     latents, velocities = [x], []
-    # Nothing is recorded yet, so step one runs every block and returns Δ0. From step two on Δ0 is
-    # there, and the span is skipped. Training and inference both come here: Stage II learns on
-    # exactly the path that is used later (paper: "inference-consistent").
+    # Step one has no Δ0 yet: it runs every block and records one, for each picture anew. From step
+    # two on the span is skipped, and the same Δ0 comes back unchanged for the step after. So two
+    # steps of SD3-Medium cost 1 + 16/24 evaluations.
     delta = None
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
         v, delta = cached_velocity(student, x, sigma, prompt, span, delta, f)
-        # x_next = x + (σ_next − σ)·v: along the velocity, towards x̂0 but only as far as σ_next.
-        x = euler(x, v, sigma, sigma_next)                # no noise is added
+        # Towards x̂0, but only as far as σ_next.
+        x = euler(x, v, sigma, sigma_next)
         velocities.append(v)
         latents.append(x)
     return latents, velocities, delta
@@ -124,6 +131,8 @@ def guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha):
     # In Stage I each sample has a level of its own; in sampling one number holds for all.
     twice = torch.cat([sigma, sigma]) if torch.is_tensor(sigma) else sigma
     v = velocity(teacher, torch.cat([x, x]), twice, (embeds, pooled))     # 2B×C×H×W
+    # The first half was told the prompt, the second nothing. How much their difference counts is
+    # each sample's own matter: w where its σ ≤ α, else 1, which leaves the first half as it is.
     v_cond, v_uncond = v.chunk(2)
     return guide(v_cond, v_uncond, guidance_weight(sigma, w, alpha))      # B×C×H×W
 
@@ -144,11 +153,13 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):
     # Counted, because "28×2" is a claim: with α some of the 56 passes are never run.
     passes = 0
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
-        # One σ for all samples here, so whether guidance is on is known before the pass.
+        # Above α the layout is decided, without guidance, so that layouts stay varied. One σ holds
+        # for all samples here, so the unconditional pass can be saved.
         if guidance_weight(sigma, w, alpha) == 1:
             v = velocity(teacher, x, sigma, prompt)
             passes += 1
         else:
+            # Below α details are painted, with guidance: two passes.
             v = guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha)
             passes += 2
         x = euler(x, v, sigma, sigma_next)
@@ -188,6 +199,7 @@ def count_nfe(preset, span, steps=2):
     full, delta = forward_flops(net, shape, preset.tokens, span=span)
     plain, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta)
     with_f, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta, f=f)
+    # Step one is one evaluation. Each later step counts as its share of a full one.
     return {"blocks": nfe(steps, span, config.num_layers),
             "flops": 1 + (steps - 1) * plain / full,
             "flops_with_f": 1 + (steps - 1) * with_f / full}
@@ -202,7 +214,7 @@ def nfe_table():
     lines = ["model             span   blocks    FLOPs   with f   of two steps; the teacher: 56"]
     for name, of_model in spans.items():
         for text in of_model:
-            n = count_nfe(PRESETS[name], parse_span(text, 1000))
+            n = count_nfe(PRESETS[name], parse_span(text, 1000))         # 1000: of any model
             lines.append(f"{name:14}{text:>8}{n['blocks']:9.3f}{n['flops']:9.3f}"
                          f"{n['flops_with_f']:9.3f}")
     return "\n".join(lines)
@@ -255,7 +267,7 @@ def keep_recipe(folder, recipe, iteration=None):
         write_json(file, recipe | {"iteration": iteration})
 
 
-# What every distill.json must hold; span, compensation and init are Stage II's alone.
+# What every distill.json must hold. Stage II adds compensation, init and lora_rank.
 RECIPE_TYPES = {"base": str, "stage": int, "iteration": int, "steps": int, "alpha": float,
                 "guidance": float, "nfe": float, "latent_shape": list}
 

@@ -776,9 +776,9 @@ def test_alpha_costs_51_passes_on_the_stock_grid(teacher, prompts):
 # ================================================================== Stage II
 
 def test_turns_are_the_official_ones(monkeypatch):
-    """50 turns of D alone, then 2 D : 1 G: in 4000 turns 1317 of G. Catches 1 D : 2 G."""
+    """51 turns of D, then 1 G : 2 D: in 4000 turns 1317 of G. Catches 1 D : 2 G."""
     turns = [train_stage2.turn_of(i) for i in range(4000)]
-    assert "generator" not in turns[:50]
+    assert "generator" not in turns[:51]
     assert turns[51:54] == ["generator", "discriminator", "discriminator"]
     assert turns.count("generator") == 1317 and turns.count("discriminator") == 2683
 
@@ -834,8 +834,8 @@ def decode():
 
 
 def test_references_are_the_alpha_guided_teachers_pictures(stage2, prompts, decode):
-    """The same prompts and noises as D's turns take, 28 steps, eight bits. Catches guidance at all
-    levels, which would teach the collapse again, and a reference of another noise."""
+    """The same prompts and noises as D's turns take, 28 steps, eight bits. Catches another guidance
+    rule than Stage I's, and a reference of another noise."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(TINY.source, subfolder="scheduler")
     scheduler.set_timesteps(28)
     net, x = stock_net(), stage2.noise(range(8))

@@ -106,10 +106,10 @@ def resolve(settings):
     the preset, the shape [C, H, W] of a latent and the texts of the prompts."""
     preset = find_preset(settings.model)
     fill_in(settings, TINY if preset.captions == "tiny" else SD3)
-    settings.model = preset.name                                # a folder's path from anywhere
+    settings.model = preset.name                                # a folder's whole path
     settings.out = settings.out or f"runs/{Path(preset.name).name}-stage1"
     check_batch(settings)
-    pick_device(preset, settings.device)
+    pick_device(preset, settings.device)                        # refuses one that is not there
     texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
     if settings.dry_run and preset.architecture:                # planned without a download
         config, factor = preset.architecture, 8
@@ -131,7 +131,8 @@ def resolve(settings):
 def fake_score_turn(fake_score, batch, sigmas, form):
     """The fake score's loss, a scalar (paper, Stage I): flow matching on the student's samples.
 
-    batch is draw_batch's with the student's path in it; sigmas [N + 1] its grid.
+    batch holds what draw_batch drew and the student's path (add_path: without gradient); sigmas
+    [N + 1] are the path's levels.
     """
     prompt, sigma = (batch["embeds"], batch["pooled"]), batch["sigma_fake"]
     k = batch["k_fake"]                                         # B, each sample's own step
@@ -143,9 +144,10 @@ def fake_score_turn(fake_score, batch, sigmas, form):
     # on the line from x_k to x̂0.
     x0 = x0_from_velocity(x_k, sigmas[k], v_k)
     p = euler(x_k, v_k, sigmas[k], sigma_end)
-    # Fresh noise brings p from σ_k+1 up to a level σ inside the step's window. Not x̂0 from 0: the
-    # sample that the next step starts from is p, so p is what has to be right. (In the last step
-    # σ_k+1 is 0 and p is x̂0; with --form x0 that is so in every step.)
+    # Fresh noise brings p from its own level σ_k+1 up to a level σ inside the step's window. Not
+    # x̂0 from 0, as in the paper's figure (deviation 2): the sample that the next step starts from
+    # is p, which still holds noise, so p is what has to be right. (In the last step σ_k+1 is 0 and
+    # p is x̂0; with --form x0 that is so in every step.)
     x = renoise(p, sigma_end, sigma, batch["noise_fake"])
     # The fake score learns which velocity leads from there to x̂0. So it comes to know where the
     # student goes from each noise level, as the teacher knows it of real pictures.
@@ -166,9 +168,9 @@ def student_turn(student, teacher, fake_score, batch, uncond, sigmas, settings):
     v = velocity(student, x_k, sigmas[k], prompt)
     p = euler(x_k, v, sigmas[k], sigma_end)                     # B×C×H×W
 
-    # Two networks judge the same re-noised sample, without gradient. Each takes one step from σ
-    # back to σ_k+1. p_teacher is where it would go if it came from a real picture, p_fake where it
-    # would go if it came from the student.
+    # Two networks judge the same re-noised sample, without gradient. p is re-noised as above, from
+    # its own level. Then each takes one step from σ back to σ_k+1. p_teacher is where it would go
+    # if it came from a real picture, p_fake where it would go if it came from the student.
     with torch.no_grad():
         x = renoise(p, sigma_end, sigma, batch["noise_student"])
         v_teacher = guided_velocity(teacher, x, sigma, prompt, uncond, settings.guidance,
@@ -195,7 +197,8 @@ def draw_batch(i, settings, shape, sigmas, texts):
     see the same numbers.
     """
     B, N = settings.batch_size, settings.steps
-    g, batch = rng(settings.seed, i, "train"), {}
+    g = rng(settings.seed, i, "train")
+    batch = {}
     # Which step the fake score looks at (uniformly), and to which level its sample is re-noised:
     # uniformly over the grid inside the window [official].
     k = torch.randint(N, (B,), generator=g)
@@ -208,7 +211,7 @@ def draw_batch(i, settings, shape, sigmas, texts):
     batch["sigma_student"] = draw_sigma(torch.rand(B, generator=g),
                                         *window(k, sigmas, settings.form),
                                         importance_curve(settings.importance))
-    # From a generator of its own: the draws above do not depend on the number of prompts.
+    # The prompts, from a generator of their own: draws that a fork adds above do not shift them.
     batch["prompt"] = torch.randint(len(texts), (B,), generator=rng(settings.seed, i, "prompts"))
     batch = {name: share(values) for name, values in batch.items()}
     # The noises: where the roll-out starts, and with what the two turns re-noise. They are large,
@@ -271,6 +274,8 @@ def main(argv):
                desc="stage 1", disable=not first())
     for i in bar:
         batch = draw_batch(i, settings, shape, sigmas_cpu, texts)
+        # Micro-batches; usually there is one. A part also keeps its path, losses and gap, for
+        # measure() below.
         parts = load_batch(batch, prompts, device, settings.accumulation)
 
         # ---- 1. roll out: the student's own path, kept in the part, for both turns
@@ -280,7 +285,6 @@ def main(argv):
             loss = fake_score_turn(fake_score, part, sigmas, settings.form)
             (loss / len(parts)).backward()                      # mean of parts = mean of the batch
             part["loss_fake"] = loss.detach()
-        # Clips, steps and clears the gradients.
         norm_fake = clip_and_step([optimizers["fake_score"]], CLIP_FAKE)
 
         # ---- 3. the student moves along teacher minus fake score
@@ -293,7 +297,9 @@ def main(argv):
         norm_student = clip_and_step([optimizers["student"]], CLIP_STUDENT)
 
         # ---- log, show, save
-        done, last, stop = i + 1, i + 1 == settings.iterations, run.stopping()
+        done = i + 1
+        last = done == settings.iterations
+        stop = run.stopping()                                   # Ctrl-C, in any process
         run.check_finite(done, fake_score=norm_fake, student=norm_student)
         if done % settings.log_every == 0 or last:
             metrics = measure(parts)
@@ -346,8 +352,8 @@ def measure(parts):
     metrics = {"gap": gap.mean().item()}
     for name in ("loss_fake", "loss_student"):
         metrics[name] = sum(part[name].item() for part in parts) / len(parts)
-    # |v_teacher − v_fake| by re-noise level. The bins are those of two steps and α = 0.94: above
-    # α the gap starts small, since nobody is guided there.
+    # |v_teacher − v_fake| by re-noise level: above α = 0.94, where nobody is guided, the gap starts
+    # small. 0.75 is where step one ends. A bin that holds no sample is null in the log.
     for low, high in ((0, 0.5), (0.5, 0.75), (0.75, 0.94), (0.94, 1)):
         metrics[f"gap_{low}_{high}"] = gap[(sigma > low) & (sigma <= high)].mean().item()
     metrics["x0_mean"] = x0.mean().item()

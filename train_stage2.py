@@ -10,9 +10,9 @@ discriminator that looks at decoded pictures (paper, Stage II and cache figure; 
 train_stage2). What it calls real are references: synthetic pictures of the same prompt and noise,
 so no outside image is needed. The order of the script:
   1. references   made once, by the teacher
-  2. turns        0 to 50 are the discriminator D's alone, then two of D for one of the generator
-                  G; an iteration is one turn, as in the official code
-  warm-up         in the first iterations G's turns move f alone, then student and f
+  2. turns        0 to 50 are the discriminator D's; then every third one, 51, 54, 57, 60 …, is the
+                  generator G's; an iteration is one turn, as in the official code
+  warm-up         G's early turns move f alone, its later ones student and f
 
 Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],
 pictures [B, 3, 8H, 8W] (tiny: 4H, 4W) in [0, 1].
@@ -82,7 +82,7 @@ TINY = dict(                    # [ours] all by trial, so that a laptop does it 
     batch_size=32,
     student_lr=2e-5,            # the official rate is for LoRA; all weights here
     compensation_lr=3e-4,       # at 1e-3 f itself collapses the scenes
-    discriminator_lr=2e-3,      # by trial; its heads have a sixth of the turns to learn in
+    discriminator_lr=2e-3,      # by trial; there are 700 turns to learn in, officially 4000
     warmup=90,                  # of them 13 are G's
     pool=24,                    # all captions of the miniature world
     checkpoint_every=300,
@@ -102,13 +102,13 @@ SD3 = dict(
 BETAS = (0.9, 0.95)             # [official] all three; [paper, second hand] too
 WEIGHT_DECAY = 1e-4             # [official]
 CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly; D: none
-D_ONLY = 50                     # [official] turns of the discriminator alone at first
-D_PER_G = 2                     # [official] then so many of its turns for one of the generator
+D_ONLY = 50                     # [official] no turn of the generator before this one
+D_PER_G = 2                     # [official] turns of the discriminator for each of the generator
 
 
 def turn_of(i):
-    """Whose turn iteration i is, counted from 0 [official]: D in 0 … 50, then G in 51, 54, 57 … and
-    D in between."""
+    """Whose turn iteration i is, counted from 0 [official]: D's up to 50, then G's in 51, 54, 57,
+    60 … and D's in between. An iteration of Stage II is one turn."""
     # Heads that start at random say nothing of use. They get a lead, and later twice as many turns,
     # so that the student is always judged by heads that know its newest pictures.
     if i >= D_ONLY and i % (D_PER_G + 1) == 0:
@@ -128,14 +128,14 @@ def resolve(settings):
         not_shadowed(preset.discriminator, "--discriminator")
     else:
         preset = dataclasses.replace(preset, discriminator=settings.discriminator)
-    settings.model = preset.name                          # a folder's path from anywhere
+    settings.model = preset.name                          # a folder's whole path
     short = Path(preset.name).name
     settings.init = settings.init or f"runs/{short}-stage1"
     settings.out = settings.out or f"runs/{short}-stage2"
     if settings.cached_blocks == "none" or settings.no_compensation:
         settings.warmup = 0                               # there is no f to warm up
     check_batch(settings)
-    pick_device(preset, settings.device)
+    pick_device(preset, settings.device)                  # refuses one that is not there
     texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
 
     # Where to start: a finished Stage I run of the same base model.
@@ -180,7 +180,7 @@ def last_step(student, x, prompt, sigmas, span, delta, f):
     It is exactly the step that inference takes: the span skipped, f(Δ0) in its place. If the
     student were trained on full steps, it would first meet f's errors at inference.
     """
-    sigma, sigma_end = sigmas[-2].item(), sigmas[-1].item()               # 0.75 and 0
+    sigma, sigma_end = sigmas[-2].item(), sigmas[-1].item()               # of two steps: 0.75, 0
     v, _ = cached_velocity(student, x, sigma, prompt, span, delta, f)
     return euler(x, v, sigma, sigma_end)
 
@@ -232,10 +232,12 @@ def make_references(folder, settings, preset, init, prompts, chosen, decode, run
     Made once and kept in the folder, batch by batch: after a kill the rest is made.
 
     The official code makes them anew in every iteration, by a 4-step student that was not released.
-    Here the teacher makes them once, with its 28 steps, guided with α as in Stage I. (Guided
-    everywhere it costs little variety, unguided much accuracy: docs/EXPERIMENTS.md, 5.)
+    Here the teacher makes them once, with its 28 steps, guided with α as in Stage I: both stages
+    imitate the same teacher. (Measured in docs/EXPERIMENTS.md, 5: references without guidance cost
+    the student ten points of accuracy, those guided at all levels a little variety.)
     """
-    device, shape, maker = prompts.device, init["latent_shape"], None
+    device, shape = prompts.device, init["latent_shape"]
+    maker = None                                          # loaded when a batch is missing
     batches = torch.arange(settings.references).split(128 if preset.captions == "tiny" else 4)
     files = [folder / f"pictures-{batch[0]:06d}.safetensors" for batch in batches]
     # Not sharded: each process makes its share of the batches without waiting for the others.
@@ -253,10 +255,11 @@ def make_references(folder, settings, preset, init, prompts, chosen, decode, run
         with torch.inference_mode():
             x, _ = sample_guided(maker, x, prompt, uncond, grid, w, init["alpha"])
             # Decoded now, one by one: the picture of a 1024² latent costs more than a pass of the
-            # transformer, and each reference is looked at about a hundred times.
+            # transformer, and D looks at each reference about 110 times (miniature: 20). Clamped
+            # and 8-bit, as a picture in a file; the student's, which carry gradient, are not.
             pictures = torch.cat([decode(one) for one in x.split(1)]).clamp(0, 1) * 255
         save_tensors(files[j], {"pictures": pictures.round().to(torch.uint8)})
-    run.stopping()                                        # asks all processes, so all wait here
+    run.stopping()                                        # asks all processes: all wait here
     return torch.cat([load_file(file)["pictures"] for file in files])     # R×3×8H×8W
 
 
@@ -371,7 +374,7 @@ def main(argv):
 
     # ------------------------------------------------------------- train
     begun = time.perf_counter()
-    metrics = {}                                          # what is new since the last line
+    metrics = {}                                          # since the last line; of the last part
     bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
                desc="stage 2", disable=not first())
     for i in bar:
@@ -382,13 +385,13 @@ def main(argv):
         for part in parts:
             # ---- 1. the steps before the last, without gradient: the first in full, recording Δ0
             #      (with more than two steps those in between are cached)
-            # "training": noises that no sample grid and no evaluation uses.
             noise = image_noise(settings.seed, part["noise"], shape, "training").to(device)
             prompt = prompts.take(part["prompt"])
             with torch.no_grad():
                 latents, _, delta = roll_out(student, noise, prompt, sigmas[:-1], span, f)
-            x = latents[-1]                               # B×C×H×W, at σ = 0.75
-            # The heads' spectral norms advance once a turn, whatever --accumulation is.
+            x = latents[-1]                               # B×C×H×W, before the last step
+            # In train mode a pass advances the heads' spectral norms. They shall advance once a
+            # turn, whatever --accumulation is: in the first part alone.
             discriminator.heads.train(part is parts[0])
 
             if turn == "discriminator":
@@ -405,22 +408,25 @@ def main(argv):
                 metrics |= {"loss_g": loss.item()}
             (loss / len(parts)).backward()                # mean of parts = mean of the batch
 
-        # ---- 4. whoever's turn it is takes a step
+        # ---- 4. one step of those whose turn it is
         if turn == "discriminator":
-            metrics["norm_d"] = norm = clip_and_step([optimizers["discriminator"]])
+            norm = clip_and_step([optimizers["discriminator"]])
         elif i < settings.warmup:
             # Warm-up [paper, second hand]: f alone. Otherwise the student would adapt to errors
             # that f, which still is plain reuse, will soon remove by itself.
-            metrics["norm_g"] = norm = clip_and_step([optimizers["compensation"]], CLIP_GENERATOR)
+            norm = clip_and_step([optimizers["compensation"]], CLIP_GENERATOR)
         else:
-            metrics["norm_g"] = norm = clip_and_step(generator, CLIP_GENERATOR)
+            norm = clip_and_step(generator, CLIP_GENERATOR)
+        metrics["norm_d" if turn == "discriminator" else "norm_g"] = norm
         # G's loss leaves gradients in the heads, and in the student during the warm-up: nobody may
         # take them into another turn.
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
         # ---- log, show, save
-        done, last, stop = i + 1, i + 1 == settings.iterations, run.stopping()
+        done = i + 1
+        last = done == settings.iterations
+        stop = run.stopping()                             # Ctrl-C, in any process
         run.check_finite(done, **{turn: norm})
         if done % settings.log_every == 0 or last:
             # An iteration is one turn; both counts tell how many updates that makes.

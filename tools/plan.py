@@ -24,7 +24,9 @@ GB, TERA = 1e9, 1e12
 # What PyTorch finds on an "80 GB" A100 or H100: 79.1 GiB. Its out-of-memory messages say so ("has a
 # total capacity of 79.14 GiB", up to 79.25).
 GPU = 79.1 * 2**30
-ROOM = 6e9                  # [ours] of it left free: CUDA context, workspaces, fragments
+# [ours] Bytes of it that are left free in each stage, after what was measured on an H200: 8 GB that
+# driver and allocator took beside the tensors, and in Stage II 5 GB for the trials of cuDNN.
+ROOM = {1: 8e9, 2: 13e9}
 COUNTS = (1, 2, 4, 8)       # GPUs, the columns of the table
 # Parameters of T5-XXL's encoder, CLIP-L and CLIP-G; loaded in bf16, 2 bytes each.
 TEXT_ENCODERS = 2 * (4.762e9 + 0.124e9 + 0.695e9)
@@ -55,6 +57,7 @@ class Needs:
     gathered: float     # several GPUs: weights and gradients that are whole at a time
     waiting: float      # a sample of Stage I's batch that waits for its micro-batch
     encoders: float     # text encoders, before anything else is loaded; 0 in the miniature
+    most_used: float    # that a plan for one GPU of 80 GB may take
 
     def most(self, kind):
         """The most bytes that a kind ever has."""
@@ -96,12 +99,13 @@ class Needs:
         """(checkpointing, b, bytes) of the fastest setting that fits n GPUs, or None."""
         share = batch_size // n
         # Micro-batches of equal size alone: run.check_batch refuses others.
-        # Recomputing the blocks costs a third more time; small micro-batches cost less than that.
-        for checkpointing in (False, True):
-            for b in range(share, 0, -1):
+        # Recomputing the blocks costs a third more time. But one sample at a time does not fill a
+        # GPU: it took 2.4 times as long as sixteen (measured on an H200).
+        for checkpointing, least in ((False, min(2, share)), (True, 1)):
+            for b in range(share, least - 1, -1):
                 if share % b == 0:
                     size = self.peak(n, share, b, checkpointing)
-                    if size <= GPU - ROOM:
+                    if size <= self.most_used:
                         return checkpointing, b, size
         return None
 
@@ -126,7 +130,7 @@ def measure(stage, preset, settings, shape, config, steps, span):
         latents = 3 + 2 * steps + 1
         waiting = 4 * latents * math.prod(shape) + prompt_bytes(preset, config, settings)
     encoders = TEXT_ENCODERS if preset.text_length and on_gpu(settings) else 0
-    return Needs(moments, gathered, waiting, encoders)
+    return Needs(moments, gathered, waiting, encoders, GPU - ROOM[stage])
 
 
 # ================================================================== lines of text
@@ -173,7 +177,7 @@ def advice_lines(needs, settings):
     whole = needs.fastest(1, settings.batch_size)
     if whole and whole[:2] == (False, settings.batch_size):
         return []                                         # the miniature: one GPU takes it all
-    lines = [f"  fastest on 80 GB GPUs ({(GPU - ROOM) / GB:.1f} GB used at most):"]
+    lines = [f"  fastest on 80 GB GPUs ({needs.most_used / GB:.1f} GB used at most):"]
     # A batch that does not divide among the GPUs would be refused.
     for n in COUNTS:
         found = settings.batch_size % n == 0 and needs.fastest(n, settings.batch_size)
@@ -255,7 +259,6 @@ def compute_lines(stage, preset, settings, shape, config, steps, span, decode, d
     before = 1 + (steps - 2) * ratio                      # steps without the last: one in full
     learning -= bool(settings.lora_rank)
     # VAE and backbone are frozen: their backward costs once more what their forward costs.
-    # Pictures are decoded in fp32 whatever the transformer computes in.
     latent = torch.zeros(1, *shape, device="meta")
     decoded = flops(lambda x: [decode(x)], latent, False)
     picture = decode(latent).detach()

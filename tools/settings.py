@@ -59,7 +59,7 @@ class CommonSettings:
                                low=1, high=65536)
     gradient_checkpointing: bool = option(
         False, "recompute blocks in backward: less memory, a third more time")
-    compile: bool = option(False, "compile the blocks by torch.compile: a slow start, then faster")
+    compile: bool = option(False, "compile the blocks by torch.compile: a slow start")
     checkpoint_every: int = option(
         None, "iterations between checkpoints; for real models by default as often as saving "
               "takes no more than 2% of the time", low=1)

@@ -254,6 +254,8 @@ def test_prompts_are_encoded_once_for_all_runs(small_sd3, tmp_path, monkeypatch)
         assert torch.equal(one, other)
     for one, other in zip(many.uncond(1), few.uncond(1), strict=True):
         assert torch.equal(one, other)
+    dog = model.Prompts(preset, ["a dog"], torch.device("cpu"), tmp_path)
+    assert not torch.equal(dog.take([0])[0], few.take([0])[0]), "as many texts, but others"
     monkeypatch.setattr(model, "encode_prompts", None)
     again = model.Prompts(preset, texts, torch.device("cpu"), tmp_path)
     assert torch.equal(again.embeds, many.embeds)

@@ -933,12 +933,13 @@ def needs_of(activations):
         rows = rows.clone()
         rows[0, -1] = activations / (1 + checkpointing)
         moments[checkpointing] = {"one turn": rows}
-    return plan.Needs(moments, gathered=0, waiting=0, encoders=0)
+    return plan.Needs(moments, gathered=0, waiting=0, encoders=0, most_used=77e9)
 
 
 @pytest.mark.parametrize("activations, n, advice", [
     (5e9, 1, (False, 8, 70e9)),             # nothing is recomputed, as many at a time as fit
     (5e9, 2, (False, 8, 55e9)),             # the state is shared, 16 do not fit
+    (40e9, 1, (True, 2, 70e9)),             # one at a time would not fill the GPU
     (60e9, 1, (True, 1, 60e9)),             # only checkpointed
     (200e9, 1, None)])
 def test_the_plan_advises_the_fastest_setting_that_fits(activations, n, advice):
