@@ -266,6 +266,16 @@ def test_a_stage_two_run_leaves_f_and_its_span_besides(finished, finished2):
     assert changed and not changed & set("1234")
 
 
+def test_a_result_stays_one_while_its_run_goes_on(tmp_path):
+    """Started again with more iterations; catches a student/ that an interruption leaves without
+    the number of its iterations."""
+    sampler.keep_recipe(tmp_path, {"stage": 1})
+    assert recipe(tmp_path)["iteration"] == 0
+    sampler.keep_recipe(tmp_path, {"stage": 1}, 5)
+    sampler.keep_recipe(tmp_path, {"stage": 1, "base": "moved"})
+    assert recipe(tmp_path) == {"stage": 1, "base": "moved", "iteration": 5}
+
+
 def test_the_newest_two_checkpoints_are_kept_and_everything_comes_back(tmp_path):
     """Weights and the optimisers' moments and step counts; catches an optimiser that starts cold,
     and a disk that fills up."""
