@@ -309,8 +309,8 @@ def pick_device(preset, name=None):
         name = "cuda" if "cuda" in there and preset.captions != "tiny" else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
-        # fp32 products in TF32 (the VAE's and f's; the networks' are bf16), and the fastest
-        # convolutions, found by trial. What they were before comes back at the end.
+        # fp32 products in TF32 (the discriminator's; transformers and VAE compute in bf16), and the
+        # fastest convolutions, found by trial. What they were before comes back at the end.
         leaving.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         leaving.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
         torch.set_float32_matmul_precision("high")
