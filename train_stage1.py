@@ -12,6 +12,9 @@ the official code, which matches each step within its own window of noise levels
   2. fake score  learns by flow matching on the student's samples
   3. student     one of its steps, with gradient; the loss moves it to where the teacher points and
                  away from where the fake score points
+Gradient: turn 2 moves the fake score alone, on samples that are held fixed. Turn 3 moves the
+student alone, through the sample of that one step; what the two others say of it is held fixed.
+
 The teacher's guidance follows Eq. 4. Not here: the mathematics (losses.py), the cache and the
 adversarial stage (cache.py, train_stage2.py).
 

@@ -13,6 +13,9 @@ so no outside image is needed. The order of the script:
   2. turns        0 to 50 are the discriminator D's; then every third one, 51, 54, 57, 60 …, is the
                   generator G's; an iteration is one turn, as in the official code
   warm-up         G's early turns move f alone, its later ones student and f
+Gradient: in D's turns it reaches D's heads alone. In G's it flows from the heads back through the
+frozen backbone and the frozen VAE into step two, that is into f and the blocks that ran there; not
+into the skipped blocks, Δ0 or step one.
 
 Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],
 pictures [B, 3, 8H, 8W] (tiny: 4H, 4W) in [0, 1].
