@@ -31,7 +31,7 @@ import train_stage2
 from test_all import SMALL, STAGE2, TINY
 from tools import prompt_files
 from tools.settings import UserError
-from tools.test_tools import assert_same_student, lines_of, one_process, refused  # noqa: F401
+from tools.test_tools import assert_same_student, lines_of, refused
 
 HERE = Path(model.__file__).parent
 ONE = [*SMALL, "--iterations", "1"]

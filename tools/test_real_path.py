@@ -29,7 +29,7 @@ import train_stage2
 from test_all import SMALL, STAGE2, weights
 from tools.processes import clip_and_step, optimizer_tensors
 from tools.test_processes import environment
-from tools.test_tools import assert_same_student, lines_of, one_process, refused  # noqa: F401
+from tools.test_tools import assert_same_student, lines_of, refused
 
 HERE = Path(model.__file__).parent
 WORDS = ["--batch-size", "2", "--pool", "4", "--log-every", "1", "--sample-every", "9",

@@ -44,21 +44,11 @@ from test_all import SMALL, TINY, metrics, recipe, seeded, weights
 from tiny import make_teacher, world
 from tools import plan, prompt_files, random_model, rehearsal
 from tools.processes import clip_and_step, optimizer_tensors
-from tools.settings import UserError, leaving, parse_settings
+from tools.settings import UserError, parse_settings
 
 HERE = Path(model.__file__).parent
 # For the network of a Stage II run of a few turns; D_ONLY has to be patched.
 STAGE2 = ["--batch-size", "4", "--references", "8", "--log-every", "1", "--sample-every", "100"]
-
-
-@pytest.fixture(autouse=True)
-def one_process(request, monkeypatch):
-    """Tests open one run folder several times in one process, which its lock would refuse; and what
-    a Run changes in the process (signals) is put back, as main() does."""
-    if "lock" not in request.node.name:
-        monkeypatch.setattr(run, "fcntl", None)
-    yield
-    leaving.close()
 
 
 def lines_of(folder):
