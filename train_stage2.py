@@ -292,9 +292,9 @@ def references_folder(settings, preset, init, prompts, resolved):
     # Who makes them, and the VAE that decodes them.
     about = [resolved["model_content"], content_of(Path(preset.source) / "vae"),
              resolved.get("reference_content", settings.reference), settings.reference_steps]
-    # Encoded prompts, noises, size and number, and the teacher's guidance.
+    # Prompts as encoded, noises, size and number; the teacher's guidance, w, α and the rule itself.
     about += [prompts.content, settings.seed, init["latent_shape"], settings.references,
-              resolved["guidance_rule"]]
+              init["alpha"], init["guidance"], resolved["guidance_rule"]]
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
     return Path(settings.out).parent / f"references-{name}"
 

@@ -176,16 +176,17 @@ def test_references_are_named_by_all_that_they_depend_on(base):
     """Catches old pictures beside which a changed run is judged, and the same ones made twice."""
     resolved = {"model_content": "a", "guidance_rule": "b"}
 
-    def name(prompts="c", shape=(4, 8, 8), other=None, **settings):
+    def name(prompts="c", shape=(4, 8, 8), alpha=0.94, w=4.0, other=None, **settings):
         settings = train_stage2.Settings(**{"out": "runs/x", "references": 8, **settings})
+        init = {"latent_shape": shape, "alpha": alpha, "guidance": w}
         return train_stage2.references_folder(
-            settings, model.find_preset(str(base)), {"latent_shape": shape},
-            types.SimpleNamespace(content=prompts), resolved | (other or {}))
+            settings, model.find_preset(str(base)), init, types.SimpleNamespace(content=prompts),
+            resolved | (other or {}))
 
     first = name()
     assert name(out="runs/y", student_lr=1.0, warmup=7) == first
     names = [first, name("d"), name(shape=(4, 8, 16)), name(seed=1), name(references=9),
-             name(reference="other/model"), name(reference_steps=8)]
+             name(reference="other/model"), name(reference_steps=8), name(alpha=0.945), name(w=5.0)]
     names += [name(other={key: "d"}) for key in (*resolved, "reference_content")]
     change(base / "vae" / "diffusion_pytorch_model.safetensors",
            lambda tensors: tensors["decoder.conv_out.bias"].add_(0.1))
