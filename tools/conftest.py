@@ -9,7 +9,7 @@ from tools.settings import leaving
 from tools.test_processes import small_sd3  # noqa: F401
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_process(request, monkeypatch):
     """Tests open one run folder several times in one process, which its lock would refuse; and what
     a Run changes in the process (signals) is put back, as main() does."""

@@ -33,6 +33,7 @@ from tools import prompt_files
 from tools.settings import UserError
 from tools.test_tools import assert_same_student, lines_of, refused
 
+pytestmark = pytest.mark.usefixtures("one_process")
 HERE = Path(model.__file__).parent
 ONE = [*SMALL, "--iterations", "1"]
 

@@ -31,6 +31,7 @@ from tools.processes import clip_and_step, optimizer_tensors
 from tools.test_processes import environment
 from tools.test_tools import assert_same_student, lines_of, refused
 
+pytestmark = pytest.mark.usefixtures("one_process")
 HERE = Path(model.__file__).parent
 WORDS = ["--batch-size", "2", "--pool", "4", "--log-every", "1", "--sample-every", "9",
          "--checkpoint-every", "1"]

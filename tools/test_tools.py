@@ -46,6 +46,7 @@ from tools import plan, prompt_files, random_model, rehearsal
 from tools.processes import clip_and_step, optimizer_tensors
 from tools.settings import UserError, parse_settings
 
+pytestmark = pytest.mark.usefixtures("one_process")
 HERE = Path(model.__file__).parent
 # For the network of a Stage II run of a few turns; D_ONLY has to be patched.
 STAGE2 = ["--batch-size", "4", "--references", "8", "--log-every", "1", "--sample-every", "100"]
