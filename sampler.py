@@ -214,7 +214,7 @@ def nfe_table():
     lines = ["model             span   blocks    FLOPs   with f   of two steps; the teacher: 56"]
     for name, of_model in spans.items():
         for text in of_model:
-            n = count_nfe(PRESETS[name], parse_span(text, 1000))         # 1000: of any model
+            n = count_nfe(PRESETS[name], parse_span(text, 1000))         # as if of 1000 blocks
             lines.append(f"{name:14}{text:>8}{n['blocks']:9.3f}{n['flops']:9.3f}"
                          f"{n['flops_with_f']:9.3f}")
     return "\n".join(lines)

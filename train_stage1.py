@@ -250,6 +250,8 @@ def main(argv):
 
     # ------------------------------------------------------------- three networks, one base
     prompts = Prompts(preset, texts, device, run.folder.parent)     # frees the text encoders again
+    # place() moves a network to its device. Of several processes only the first reads the weights
+    # (everywhere=False), and place() spreads them over all.
     teacher = place(load_transformer(preset, frozen_dtype(device), everywhere=False), device,
                     settings.compile)
     student = place(load_transformer(preset, everywhere=False), device, settings.compile)
