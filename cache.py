@@ -13,21 +13,21 @@ This file holds f, the transformer's forward written out with the span in it (Ca
 adapter that takes the cached path inside a stock pipeline (BlockCache). It imports nothing of ours,
 so it can be copied out. What trains f is train_stage2.py; what finds a span is tools/find_span.py.
 
-Dimension key: B batch, C latent channels, H W latent size, N image tokens, L text tokens, D width
-of a token, J and P widths of the text embeddings (model.py says what they are). Elsewhere N counts
-the student's steps, and D is the discriminator.
+Dimension key: B batch, C latent channels, H W latent size, T image tokens, L text tokens, D width
+of a token, J and P widths of the text embeddings (model.py says what they are).
 """
 
 import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 
 def nfe(steps, span, blocks):
     """Network evaluations, counted in blocks: the first step in full, each later one without the
-    span (n, m). SD3-Medium has 24 blocks: span 2-9 gives 1.667, span 2-7 gives 1.75. f is not
-    counted; it costs about a quarter of a block."""
-    skipped = span[1] - span[0] + 1
+    span (n, m), or in full where span is None. SD3-Medium has 24 blocks: span 2-9 gives 1.667, span
+    2-7 gives 1.75. f is not counted; it costs about a quarter of a block."""
+    skipped = span[1] - span[0] + 1 if span else 0
     return steps - (steps - 1) * skipped / blocks
 
 
@@ -44,8 +44,8 @@ class Compensation(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 2 * width)             # W1; hidden width 2·D [official]
         self.down = nn.Linear(2 * width, width)           # W2
-        # W2 starts at zero, so f(Δ0) = Δ0: training begins at plain reuse, which is nearly right,
-        # and learns the small rest. A random W2 would begin with a broken second step.
+        # W2 starts at zero, so f(Δ0) = Δ0: training begins exactly at plain reuse, the known
+        # baseline, and no learning rate has to undo noise first [official].
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
@@ -79,7 +79,8 @@ class CachedSD3(SD3Transformer2DModel):
     the attention of every block. A block takes (image, text, temb) and returns (text, image): each
     stream plus what the block added to it. temb is one vector for each sample, made of the timestep
     and the pooled prompt; it scales and shifts the streams inside every block. The last block
-    returns no text: nothing reads it any more. So a span must end before the last block.
+    returns no text: nothing reads it any more. So a span must end before the last block: there is
+    no text stream to add to, and no later block could correct what was reused.
     """
 
     def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
@@ -91,7 +92,7 @@ class CachedSD3(SD3Transformer2DModel):
         diffusers'.
 
         span None            all blocks run; Δ0 is None
-        span (n, m)          all blocks run; Δ0 (image [B, N, D], text [B, L, D]) is recorded
+        span (n, m)          all blocks run; Δ0 (image [B, T, D], text [B, L, D]) is recorded
         span (n, m), delta   blocks n..m are skipped, f(delta) stands in for them; f None is plain
                              reuse of delta, which is returned as it came
         """
@@ -103,7 +104,7 @@ class CachedSD3(SD3Transformer2DModel):
 
         # Both streams become tokens of width D. pos_embed is diffusers' name for two things: it
         # makes a token of each patch of 2×2 latents, and adds where the patch lies.
-        image = self.pos_embed(hidden_states).contiguous()                # B×C×H×W → B×N×D
+        image = self.pos_embed(hidden_states).contiguous()                # B×C×H×W → B×T×D
         text = self.context_embedder(encoder_hidden_states)               # B×L×J → B×L×D
         temb = self.time_text_embed(timestep, pooled_projections)         # B×D
 
@@ -117,7 +118,7 @@ class CachedSD3(SD3Transformer2DModel):
                     # O_m,1 = I_n,1 + f(Δ0): only the span's own contribution is borrowed from step
                     # one, and f corrects it for step two.
                     added = apply_compensation(f, delta)
-                    image = image_in + added[0].to(image.dtype)           # B×N×D
+                    image = image_in + added[0].to(image.dtype)           # B×T×D
                     text = text_in + added[1].to(text.dtype)              # B×L×D
                 continue
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -132,13 +133,13 @@ class CachedSD3(SD3Transformer2DModel):
                 delta = (image - image_in).detach(), (text - text_in).detach()
 
         # The image's tokens become a velocity again; the text stream has done its work.
-        image = self.norm_out(image, temb)                                # B×N×D
-        patches = self.proj_out(image)                                    # B×N×(2·2·C)
+        image = self.norm_out(image, temb)                                # B×T×D
+        patches = self.proj_out(image)                                    # B×T×(2·2·C)
         return unpatchify(patches, *side, self.config.patch_size), delta
 
 
 def unpatchify(patches, height, width, p):
-    """Tokens [B, N, p·p·C] back to their places in [B, C, H, W]; p is the side of a patch."""
+    """Tokens [B, T, p·p·C] back to their places in [B, C, H, W]; p is the side of a patch."""
     x = patches.reshape(len(patches), height // p, width // p, p, p, -1)  # B×rows×columns×p×p×C
     x = torch.einsum("nhwpqc->nchpwq", x)                                 # B×C×rows×p×columns×p
     return x.reshape(len(patches), -1, height, width)                     # B×C×H×W
@@ -155,7 +156,7 @@ def check_span(span, blocks):
 
 
 def apply_compensation(f, delta):
-    """f(Δ0) of both streams, (image [B, N, D], text [B, L, D]). f None is plain reuse: Δ0
+    """f(Δ0) of both streams, (image [B, T, D], text [B, L, D]). f None is plain reuse: Δ0
     itself."""
     if f is None:
         return delta
@@ -178,39 +179,31 @@ class BlockCache:
     smaller timestep than the one before; any other call begins a path of its own and runs in full.
     So no picture is made from the residual of another; after a path that was cut short, forget().
 
-    ValueError for a span that does not fit, for what is no stock transformer and for one that has a
-    cache already (remove() that one first), before anything is changed; and, from the call, for
-    what cannot be honoured on a path with skipped blocks.
+    ValueError for what it cannot do: a span that does not fit, a transformer that is not a stock
+    one, has a cache already or is offloaded (make the cache first), or an argument of the call that
+    changes what happens inside the span.
     """
 
     def __init__(self, transformer, span, f=None, steps=2):
         if not isinstance(transformer, SD3Transformer2DModel):
             raise ValueError("a block cache needs an SD3Transformer2DModel as it is, not "
                              f"{type(transformer).__name__} (compile its blocks, not the whole)")
+        if "forward" in transformer.__dict__:
+            raise ValueError("this transformer's forward was replaced: remove() the other cache "
+                             "first; make the cache before the pipeline is offloaded")
         self.span = check_span(span, len(transformer.transformer_blocks))
-        if hasattr(transformer, "_block_cache"):
-            raise ValueError("this transformer has a cache already; remove() that one first")
         self.transformer, self.f, self.steps = transformer, f, steps
         self.forget()
-        # The forward of this one object, not of its class. Offloading (accelerate) has put a
-        # forward of its own there, which moves the weights and then calls _old_forward: ours.
-        place = "_old_forward" if hasattr(transformer, "_old_forward") else "forward"
-        setattr(transformer, place, self)
-        transformer._block_cache = self
+        transformer.forward = self                        # of this one object, not of its class
 
     def remove(self):
-        """Takes the cache off. The transformer is the stock one again. Nothing happens when it is
+        """Takes the cache off: the transformer is the stock one again. Nothing happens when it is
         off already."""
-        if self.transformer.__dict__.get("_block_cache") is not self:
-            return
-        # Hooks that came or went after the cache have moved it from the one place to the other.
-        for place in ("forward", "_old_forward"):
-            if self.transformer.__dict__.get(place) is self:
-                delattr(self.transformer, place)
-                if place == "_old_forward":
-                    stock = type(self.transformer).forward
-                    self.transformer._old_forward = stock.__get__(self.transformer)
-        del self.transformer._block_cache
+        if hasattr(self.transformer, "_old_forward"):
+            raise ValueError("remove the pipeline's offloading before the cache: "
+                             "pipe.remove_all_hooks()")
+        if self.transformer.__dict__.get("forward") is self:
+            del self.transformer.forward
         self.forget()
 
     def forget(self):
@@ -238,7 +231,4 @@ class BlockCache:
             self.transformer, hidden_states, encoder_hidden_states, pooled_projections, timestep,
             self.span, self.delta, self.f)
         self.prompt, self.shape, self.timestep = encoder_hidden_states, hidden_states.shape, now
-        if not return_dict:
-            return (velocity,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-        return Transformer2DModelOutput(sample=velocity)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)

@@ -29,19 +29,20 @@ import hashlib
 import time
 from pathlib import Path
 
+from run import (UserError, command, fill_in, option, parse_settings, read_settings, rng, versions,
+                 write_json, write_text)
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from tools.settings import UserError, command, fill_in, option, parse_settings
-from run import digest, rng, versions, write_json, write_text
-from cache import NOTHING
+from cache import NOTHING, make_compensation, nfe
 from losses import guidance_weight
-from model import (Decoder, Prompts, check_base, find_preset, load_transformer, loading, parse_span,
-                   pick_device, texts_of)
-from sampler import (TEACHER_STEPS, check_same_base, count_nfe, few_step_config, image_noise,
-                     load_few_step, load_scheduler, load_student, read_recipe, roll_out,
-                     sample_guided, save_pictures, sigma_grid, teacher_sigmas)
+from model import (Decoder, Prompts, check_base, choose_prompts, empty_transformer, find_preset,
+                   forward_flops, load_part, load_student, load_transformer, parse_span,
+                   pick_device)
+from sampler import (TEACHER_STEPS, image_noise, roll_out, sample_guided, save_pictures, sigma_grid,
+                     teacher_sigmas)
 from tiny.world import CAPTIONS, draw, measure, sample_labels
 
 MEASURES = ("prompt_accuracy", "usual_scene", "scene_entropy", "clip_score", "pick_score",
@@ -56,17 +57,15 @@ CHANGES = ("accuracy_points", "entropy_ratio", "frechet_change")          # agai
 class Settings:
     checkpoint: list = option(None, "run folders (default: runs/tiny-stage1, runs/tiny-stage2)")
     model: str = option("tiny", "base model of the runs")
-    prompts: str = option(None, "file of prompts: text, one a line, or JSON lines with \"prompt\" "
+    prompts: str = option(None, "file of prompts: one a line, or JSON lines with \"prompt\" "
                           "(tiny: its 24 captions)")
     seed: int = option(1, "of the start noises; not the training's", low=0, high=2**31 - 1)
     samples_per_prompt: int = option(None, "n, samples for each prompt (tiny: 32, others: 4)",
                                      low=2, high=4096)
-    batch_size: int = option(None, "images at a time (tiny: 128, others: 4)", low=1)
+    batch_size: int = option(None, "images at a time (tiny: 128, others: 4)", low=1, high=10_000)
     teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only "
                           "the one that Fréchet distances are taken to",
                           choices=("yes", "alpha", "no"))
-    few_step: str = option(None, "a row for a few-step SD3 transformer of others: folder or hub id")
-    few_step_steps: int = option(4, "its steps", low=1, high=100)
     own_path: bool = option(False, "of each run only the path that it was trained for")
     out: str = option(None, "folder for results.json, table.md, grid.png (default: results/MODEL)")
     clip: str = option(None, "folder or hub id of the CLIP score's CLIPModel")
@@ -78,7 +77,7 @@ class Settings:
 
 def resolve(settings):
     """Fills in what was not given and checks what belongs together, before anything is loaded.
-    Returns the preset, the texts of the prompts and {run folder: its distill.json}."""
+    Returns the preset, the prompts and {run folder: its settings}."""
     preset = find_preset(settings.model)
     tiny_world = preset.captions == "tiny"
     fill_in(settings, {"samples_per_prompt": 32 if tiny_world else 4,
@@ -89,49 +88,28 @@ def resolve(settings):
         raise UserError("real models need --checkpoint RUN and --prompts FILE")
     if Path(settings.out).is_file():
         raise UserError(f"--out {settings.out} is a file; give a folder")
-    runs = [Path(run) for run in settings.checkpoint or ["runs/tiny-stage1"]]
-    if not settings.checkpoint and Path("runs/tiny-stage2/distill.json").exists():
-        runs.append(Path("runs/tiny-stage2"))
-    recipes = {run: read_recipe(run) for run in runs}
-    for run, recipe in recipes.items():
-        check_same_base(run, recipe, preset)
+    folders = [Path(run) for run in settings.checkpoint or ["runs/tiny-stage1"]]
+    if not settings.checkpoint and Path("runs/tiny-stage2/settings.json").exists():
+        folders.append(Path("runs/tiny-stage2"))
+    runs = {folder: read_settings(folder) for folder in folders}
+    for folder, run in runs.items():
+        if run["model"] != preset.name:
+            raise UserError(f"{folder} was distilled from {run['model']}, not from {preset.name}")
         # All rows start from the same noises, so these need one shape.
-        if recipe["latent_shape"] != recipes[runs[0]]["latent_shape"]:
-            raise UserError(f"{run} makes pictures of another size than {runs[0]}")
+        if run["latent_shape"] != runs[folders[0]]["latent_shape"]:
+            raise UserError(f"{folder} makes pictures of another size than {folders[0]}")
     # Rows are named after their run's folder.
-    if len({run.name for run in recipes}) < len(recipes):
+    if len({folder.name for folder in runs}) < len(runs):
         raise UserError("two of the runs have the same name; the table could not tell them apart")
-    texts = texts_of(preset, settings.prompts)
+    texts = choose_prompts(preset, settings.prompts)
     if tiny_world and set(texts) - set(CAPTIONS):
         raise UserError(f"--prompts {settings.prompts}: the exact reader knows the 24 captions of "
                         "the miniature only, such as \"a red circle\"")
     check_base(preset)
-    if settings.few_step:
-        few_step_config(settings.few_step, preset)        # refuses what does not fit the base
-    return preset, texts, recipes
+    return preset, texts, runs
 
 
 # ================================================================== what a picture is worth
-
-def load_network(cls, source):
-    """A frozen network of a transformers class from a folder or hub id."""
-    network, report = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True,
-                                          use_safetensors=True)   # a pickle could run code
-    if report["missing_keys"]:
-        # transformers fills these with random numbers and a mere notice. So would be the score.
-        missing = sorted(report["missing_keys"])
-        raise UserError(f"cannot load a {cls.__name__} from {source}: {len(missing)} of its "
-                        f"weights are not there, {missing[0]} for one")
-    return network.eval().requires_grad_(False)
-
-
-def weights_hash(*networks):
-    """16 hex digits of the hash of all weights: which network it was, wherever it lay."""
-    tensors = {}
-    for i, net in enumerate(networks):
-        tensors |= {f"{i}.{name}": tensor.cpu() for name, tensor in net.state_dict().items()}
-    return digest(tensors)[:16]
-
 
 class TinyMeter(torch.nn.Module):
     """The exact reader and, for the features, a small ConvNeXt out of the tiny teacher's folder."""
@@ -142,9 +120,8 @@ class TinyMeter(torch.nn.Module):
         from transformers import ConvNextV2Backbone
         # Not the discriminator's backbone: Stage II learns to please that one, so a distance in
         # its features would flatter Stage II. This one has another seed, depth and width.
-        with loading("the metric backbone", preset.source):
-            self.metric_backbone = load_network(ConvNextV2Backbone,
-                                                Path(preset.source) / "metric_backbone")
+        backbone = load_part(ConvNextV2Backbone, preset.source, "metric_backbone", torch.float32)
+        self.metric_backbone = backbone.requires_grad_(False)
 
     def forward(self, pictures, prompt):
         """({name: number}, features [n, F]) of pictures [n, 3, 32, 32] of one of the captions."""
@@ -328,7 +305,7 @@ class Rows:
 
     def add_teacher(self, w, alpha, steps):
         """The teacher's rows; w, α and steps are the first run's."""
-        stock, own = teacher_sigmas(load_scheduler(self.preset)), sigma_grid(steps)
+        stock, own = teacher_sigmas(self.preset), sigma_grid(steps)
         # First the teacher that Stage I learned from: Fréchet distances are taken to this row.
         paths = [(f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha)]
         if self.settings.teacher == "yes":
@@ -338,7 +315,6 @@ class Rows:
             paths.append(("teacher, no guidance", stock, 1.0, 1.0))
             paths.append((f"teacher at {steps} steps, not distilled", own, 1.0, 1.0))
         teacher = load_transformer(self.preset).to(self.device)
-        weights = weights_hash(teacher)
         for name, sigmas, guidance, a in paths:
             def sample(noise, prompt):
                 uncond = self.prompts.uncond(len(noise))
@@ -347,49 +323,60 @@ class Rows:
             guided = guidance_weight(sigmas[:-1], guidance, a) != 1       # steps
             passes = len(guided) + int(guided.sum())
             recipe = {"steps": len(guided), "guidance": guidance, "alpha": a, "span": None,
-                      "sigmas": [round(s, 6) for s in sigmas.tolist()], "weights": weights}
+                      "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             self.add(name, recipe, (passes, passes), sample)
 
-    def add_few_step(self, source, steps):
-        """The row of a few-step transformer of others, on the student's grid of so many steps."""
-        net = load_few_step(source, self.preset).to(self.device)
-        sigmas = sigma_grid(steps)
-
-        def sample(noise, prompt):
-            return roll_out(net, noise, prompt, sigmas)[0][-1]
-        about = {"steps": steps, "sigmas": [round(s, 6) for s in sigmas.tolist()], "guidance": 1.0,
-                 "alpha": 1.0, "span": None, "weights": weights_hash(net)}
-        self.add(f"{Path(source).name}, {steps} steps", about, (float(steps), float(steps)), sample)
-
-    def add_run(self, run, recipe, stage2_span):
+    def add_run(self, folder, run, stage2_span):
         """A run's rows, one for each of its paths. stage2_span, as text, is what the Stage II of a
         Stage I run skips, or None."""
-        student, span, f = load_student(run, self.preset, recipe, self.device)
-        weights = weights_hash(student, f) if f else weights_hash(student)
-        if recipe["stage"] == 1 and stage2_span:
+        student, span, f = load_student(folder, run, self.preset, self.device)
+        if run["stage"] == 1 and stage2_span:
             span = parse_span(stage2_span, len(student.transformer_blocks))
-        paths = run_paths(recipe["stage"], span, f)
+        paths = run_paths(run["stage"], span, f)
         if self.settings.own_path:
             paths = paths[:1]
-        if recipe["stage"] == 1:
-            self.stage1[run.name] = len(self.rows)        # where its own path will stand
-        sigmas = sigma_grid(recipe["steps"])
+        if run["stage"] == 1:
+            self.stage1[folder.name] = len(self.rows)     # where its own path will stand
+        sigmas = sigma_grid(run["steps"])
         for suffix, span, f in paths:
             def sample(noise, prompt):
                 latents, _, _ = roll_out(student, noise, prompt, sigmas, span, f)
                 return latents[-1]
-            about = {"run": str(run), "path": suffix, "stage1": stage1_name(run, recipe),
-                     "weights": weights, "span": f"{span[0]}-{span[1]}" if span else None}
-            for key in ("stage", "iteration", "steps", "sigmas", "guidance", "alpha"):
-                about[key] = recipe[key]
+            recipe = {"run": str(folder), "path": suffix, "stage1": stage1_name(folder, run),
+                      "span": f"{span[0]}-{span[1]}" if span else None,
+                      "sigmas": [round(s, 6) for s in sigmas.tolist()]}
+            for key in ("stage", "finished", "steps", "guidance", "alpha"):
+                recipe[key] = run[key]
             # f counts in every row with a span, though plain reuse and skipping go without it.
-            count = count_nfe(self.preset, span, recipe["steps"])
-            self.add(run.name + suffix, about, (count["blocks"], count["flops_with_f"]), sample)
+            count = count_nfe(self.preset, span, run["steps"])
+            self.add(folder.name + suffix, recipe, (count["blocks"], count["flops_with_f"]), sample)
 
 
-def stage1_name(run, recipe):
+def stage1_name(folder, run):
     """The name of the Stage I run that a run is or started from."""
-    return run.name if recipe["stage"] == 1 else Path(str(recipe.get("init") or "")).name
+    return folder.name if run["stage"] == 1 else Path(run["init"]).name
+
+
+def count_nfe(preset, span, steps=2):
+    """{"blocks", "flops", "flops_with_f"}: network evaluations of a student with span (n, m) or
+    None, counted by blocks, by FLOPs, and by FLOPs with f. One evaluation is one full forward."""
+    if not span:
+        return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
+    # The paper counts blocks. Blocks are not all of a pass (embedding, projection), not all alike
+    # (SD3.5-Medium has two kinds), and f is not free: so FLOPs are counted, too.
+    config, _ = check_base(preset, offline=True)
+    net = empty_transformer(config)
+    with torch.device("meta"):
+        f = make_compensation(net.inner_dim)
+    shape = config["in_channels"], config["sample_size"], config["sample_size"]
+    # A step that records, one that reuses Δ0 as it is, one with f.
+    full, delta = forward_flops(net, shape, preset.tokens, span=span)
+    plain, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta)
+    with_f, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta, f=f)
+    # Step one is one evaluation. Each later step counts as its share of a full one.
+    return {"blocks": nfe(steps, span, config["num_layers"]),
+            "flops": 1 + (steps - 1) * plain / full,
+            "flops_with_f": 1 + (steps - 1) * with_f / full}
 
 
 def run_paths(stage, span, f):
@@ -473,18 +460,18 @@ def save_grid(path, rows, albums, prompts, n):
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "evaluate.py", __doc__.split("\n\n")[0])
-    preset, texts, recipes = resolve(settings)
+    preset, texts, runs = resolve(settings)
     device, out = pick_device(preset, settings.device), Path(settings.out)
     n = settings.samples_per_prompt
     tiny_world = preset.captions == "tiny"
-    leader = next(iter(recipes.values()))                 # first run: its w, α guide the teacher
+    leader = next(iter(runs.values()))                    # first run: its w, α guide the teacher
 
     # ------------------------------------------------------------- the protocol
     if tiny_world:
         meter = TinyMeter(preset)
     else:
         from tools.real_metrics import RealMeter
-        meter = RealMeter(load_network, settings.clip, settings.pickscore, settings.dino)
+        meter = RealMeter(settings.clip, settings.pickscore, settings.dino)
     # Numbers of two results.json compare only where the protocols are equal: other prompts, seeds,
     # n or feature networks give other numbers for the same model. Machine and date change none but
     # the seconds, so they stand apart.
@@ -492,14 +479,12 @@ def main(argv):
              "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
              "images": n * len(texts), "latent_shape": leader["latent_shape"], **versions()}
     made = {"device": str(device)}
-    for key in ("machine", "cores", "date"):
+    for key in ("machine", "cores", "date", "processes"):
         made[key] = stamp.pop(key)
     protocol = {**stamp, "resize": meter.resize, "frechet_to": None}
     if settings.teacher != "no":
         protocol["frechet_to"] = {"steps": TEACHER_STEPS, "guidance": leader["guidance"],
                                   "alpha": leader["alpha"]}
-    for name, network in meter.named_children():
-        protocol[f"{name}_sha256"] = weights_hash(network)
 
     # ------------------------------------------------------------- sample, row by row
     sampled = Rows(settings, preset, texts, leader["latent_shape"], device, stamp)
@@ -509,13 +494,11 @@ def main(argv):
         sampled.add_teacher(leader["guidance"], leader["alpha"], leader["steps"])
     # A Stage I run is also shown with the span that its Stage II run, if there is one, skips.
     spans = {}                                            # {name of the Stage I run: span as text}
-    for run, recipe in recipes.items():
-        if recipe["cached_blocks"]:
-            spans.setdefault(stage1_name(run, recipe), recipe["cached_blocks"])
-    for run, recipe in recipes.items():
-        sampled.add_run(run, recipe, spans.get(run.name))
-    if settings.few_step:
-        sampled.add_few_step(settings.few_step, settings.few_step_steps)
+    for folder, run in runs.items():
+        if run.get("cached_blocks", "none") != "none":
+            spans.setdefault(stage1_name(folder, run), run["cached_blocks"])
+    for folder, run in runs.items():
+        sampled.add_run(folder, run, spans.get(folder.name))
     rows, albums = sampled.rows, sampled.albums
 
     # ------------------------------------------------------------- measure

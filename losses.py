@@ -8,7 +8,7 @@ Conventions of the whole project (rectified flow):
     x_σ = (1 − σ)·x0 + σ·ε       σ in [0, 1]; σ = 1 is noise, σ = 0 is the picture's latent
     v   = ε − x0                 what the network predicts; it points from data to noise
     x0  = x_σ − σ·v              so one answer of the network is also a guess of the picture: x̂0
-    timestep = 1000·σ            what the network is told (model.call_network does it)
+    timestep = 1000·σ            what the network is told (model.velocity does it)
 
 Dimension key: B batch, C latent channels, H W latent size. Latents are [B, C, H, W] and fp32,
 sigmas are [B] (or one number) and fp32.
@@ -57,16 +57,16 @@ def euler(x, v, sigma, sigma_next):
 def renoise(x, a, b, noise):
     """x at level a to level b ≥ a with fresh noise (Stage I; official: processor.py).
 
-    x_b = s·x_a + √(b² − (a·s)²)·noise   with   s = (1 − b)/(1 − a)
+    x_b = shrink·x_a + √(b² − (a·shrink)²)·noise   with   shrink = (1 − b)/(1 − a)
     """
     assert x.shape == noise.shape, "one noise for each latent"
     a = to_shape(a, x)
     b = to_shape(b, x)
-    # x_a holds (1 − a)·x0, level b wants (1 − b)·x0: shrink by s = (1 − b)/(1 − a). At a = 1 there
-    # is no picture left to shrink and no noise to add, so x stays as it is.
+    # x_a holds (1 − a)·x0, level b wants (1 − b)·x0: shrink by (1 − b)/(1 − a). At a = 1 there is
+    # no picture left to shrink and no noise to add, so x stays as it is.
     shrink = torch.where(a < 1, (1 - b) / (1 - a).clamp(min=EPSILON), torch.ones_like(a))
-    # The shrinking takes the old noise with it, from a down to a·s, which is less than b. Variances
-    # of independent noises add, so b² − (a·s)² is missing. Draw exactly that much, no more.
+    # The shrinking takes the old noise with it, from a down to a·shrink, which is less than b.
+    # Variances of independent noises add, so b² − (a·shrink)² is missing. Draw exactly that much.
     # At b ≈ a float error can make the difference negative, and its root NaN: clamp it.
     variance = (b ** 2 - (a * shrink) ** 2).clamp(min=0)
     return shrink * x + variance.sqrt() * noise
@@ -138,14 +138,22 @@ def _interpolate(x, xs, ys):
     return ys[left] + t * (ys[right] - ys[left])
 
 
-def window(k, sigmas, form="window"):
-    """(high, low), each [B]: between which levels the sample of step k [B] may be re-noised; low is
-    also where the step ends. sigmas [N + 1] is the student's grid; σ_k+1 is the level after σ_k."""
+def step_end(k, sigmas, form="window"):
+    """The level where each sample's step k [B] ends, [B]: σ_k+1, the level after σ_k. sigmas
+    [N + 1] is the student's grid."""
     if form == "x0":
-        # The paper's figure: every step, whichever it is, ends at its guess x̂0, at σ = 0, and any
-        # level may judge it (deviation 2).
+        # The paper's figure: every step ends at its guess x̂0, at σ = 0 (deviation 2).
+        return torch.zeros(len(k))
+    return sigmas[k + 1]
+
+
+def judged_between(k, sigmas, form="window"):
+    """(high, low), each [B]: to which levels the sample of step k [B] may be re-noised, low < σ ≤
+    high."""
+    if form == "x0":
+        # The paper's figure: x̂0 may be re-noised to any level, whichever step it came from.
         return torch.ones(len(k)), torch.zeros(len(k))
-    # The official code: the step leads from σ_k to σ_k+1, and is judged between these two only.
+    # The official code: the step leads from σ_k to σ_k+1 and is judged between these two only.
     # Below σ_k+1 the next step takes over; it is drawn, and judged, on its own.
     return sigmas[k], sigmas[k + 1]
 
@@ -153,7 +161,7 @@ def window(k, sigmas, form="window"):
 def draw_sigma(random, high, low, weights, shift=3.0):
     """Sigmas [B] of the training grid with low < σ ≤ high, drawn with the weights [1001].
 
-    random [B] are uniform numbers in [0, 1); high, low [B] come from window().
+    random [B] are uniform numbers in [0, 1); high, low [B] come from judged_between().
     """
     sigmas = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)        # 1001, falling from 1
     # 1. Which grid points lie in each sample's window? high belongs to it, low does not; 1e-6 keeps
@@ -162,8 +170,10 @@ def draw_sigma(random, high, low, weights, shift=3.0):
     above_low = sigmas > low[:, None] + 1e-6                              # B×1001
     inside = below_high & above_low
     assert inside.any(1).all(), "a window without a grid point"
-    # 2. The running sum of their weights. Scaling the random number by its last value renormalises
-    #    the weights inside the window (official): they decide within a step, not between steps.
+    # 2. Draw one of them with its weight. Three points of weights 1, 2, 1 have the running sums
+    #    1, 3, 4. A random number in [0, 4) falls into [0, 1), [1, 3) or [3, 4), each as often as it
+    #    is wide. Scaling by the last sum renormalises the weights inside the window [official]:
+    #    they decide within a step, not between steps.
     running = (weights.double() * inside).cumsum(1)                       # B×1001
     mark = random[:, None].double() * running[:, -1:]                     # B×1
     # 3. The first grid point whose running sum exceeds the mark. There is one: random is below 1.

@@ -7,7 +7,7 @@ on the hub) with one sub-folder for each part:
     vae                an autoencoder; latents [C = 16, H, W] ↔ pictures [3, 8H, 8W]
     scheduler          FlowMatchEulerDiscreteScheduler: the teacher's sigmas, shifted by 3. Given
                        `sigmas=[1.0, 0.5]` it shifts them, too: 1, 0.75, and adds the final 0
-    text_encoder, _2   two CLIP text encoders; text_encoder_3, T5, which the miniature has not
+    text_encoder, _2   two CLIP text encoders; text_encoder_3, T5, which the miniature lacks
     tokenizer, _2, _3  text to token numbers
 
 A prompt reaches the transformer as two tensors, and the code calls the pair `prompt`:
@@ -18,7 +18,7 @@ unconditional answer that guidance needs.
 
 Teacher, student and fake score start from the same transformer. `tiny` and `sd3-medium` take the
 same path: a preset names the pipeline, the rest is read from the pipeline's own configs. Not here:
-the method (losses.py), the cache (cache.py), run folders (run.py), settings (tools/settings.py).
+the method (losses.py), the cache (cache.py), run folders and the command line (run.py).
 
 Dimension key: B batch, C latent channels, H W latent size, L text tokens, J and P widths of the
 text embeddings. Latents and sigmas are fp32; pictures lie in [0, 1].
@@ -26,21 +26,29 @@ text embeddings. Latents and sigmas are fp32; pictures lie in [0, 1].
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import re
 import sys
 from pathlib import Path
 
+from run import (UserError, any_process, full_state, is_main, load_full, newest_student, processes,
+                 rng, save_tensors, save_whole)
+
 import torch
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
-from tools.settings import UserError, leaving
-from tools.processes import any_process, first, load_whole, processes, whole_state
-from run import content_of, rng, save_tensors, save_whole
-from cache import CachedSD3, check_span
+from cache import CachedSD3, check_span, make_compensation
+
+# Bars of loading would bury the lines of a training; those of downloads stay.
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
+enable_progress_bars()
 
 HERE = Path(__file__).resolve().parent
 
@@ -54,14 +62,14 @@ BACKBONE, BACKBONE_REVISION = "facebook/convnextv2-base-22k-224", "refs/pr/2"
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What belongs to a base model. The recipes (rates, counts) stand in the train scripts."""
-    name: str                          # as --model and distill.json say it
+    """What belongs to a base model. Rates and counts stand in the train scripts."""
+    name: str                          # as --model and settings.json say it
     source: str                        # pipeline folder or hub id
     cached_blocks: str = "2-9"         # [ours] which; 1.67 NFE [paper] means 8 of 24 blocks
     text_length: int = 256             # [official] T5 tokens; 0 for a pipeline without T5
-    encode_batch: int = 16             # [ours] prompts encoded together; the result knows no other
+    encode_batch: int = 16             # [ours] prompts encoded together
     captions: str = "grammar"          # where prompts come from when no --prompts is given
-    architecture: dict | None = None   # SD3Transformer2DModel's arguments, for --dry-run alone
+    architecture: dict | None = None   # SD3Transformer2DModel's arguments: counted without download
     discriminator: str = BACKBONE      # [ours] in place of the official OpenCLIP ConvNeXt-XXLarge
     picture_mean: tuple = (0.485, 0.456, 0.406)              # what that backbone was trained on
     picture_std: tuple = (0.229, 0.224, 0.225)
@@ -73,7 +81,7 @@ class Preset:
 
 
 # The three real transformers, as their config.json says it. Nothing here is needed to train them:
-# it lets --dry-run plan, and the NFE meter count, without a download.
+# it lets --dry-run and the count of FLOPs do without a download.
 SD3_MEDIUM = dict(
     sample_size=128,                   # H = W of the latents at 1024² pixels
     patch_size=2,                      # 2×2 latents become one image token: 64·64 = 4096 tokens
@@ -111,142 +119,56 @@ PRESETS = {
 
 
 def find_preset(model):
-    """The preset of that name, or one with SD3's values for any pipeline folder or hub id.
-    UserError for a bare name that is neither. Reads no weights."""
+    """The preset of that name, or one with SD3-Medium's values for any pipeline folder or hub id.
+    UserError for what is neither. Reads no weights."""
     if model in PRESETS:
-        not_shadowed(PRESETS[model].source, "--model")
         return PRESETS[model]
-    # A hub id has exactly one slash. A bare name that is no folder is a misspelt preset.
     folder = Path(model).resolve()
     if not folder.exists():
+        # A hub id has exactly one slash; the rest are misspelt names and folders that have gone.
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
             raise UserError(f"there is no model {model}; use {', '.join(PRESETS)}, "
                             "a pipeline folder or a hub id")
         return Preset(model, model)
-    if (folder / "config.json").exists() and not (folder / "transformer").exists():
-        raise UserError(f"{folder} is one part of a pipeline; name the pipeline's own folder, "
-                        f"perhaps {folder.parent}")
-    # Stored as it is found from anywhere. Whether it has T5 is seen by its files: its
-    # model_index.json may say otherwise.
-    preset = Preset(str(folder), str(folder))
-    if not (folder / "text_encoder_3" / "config.json").exists():
-        preset = dataclasses.replace(preset, text_length=0)
+    if not (folder / "transformer" / "config.json").exists():
+        raise UserError(f"{folder} is no pipeline folder: it has no transformer/config.json")
+    # Stored with its whole path: found from any working directory. Whether it has T5 is seen by its
+    # files, since its model_index.json may say otherwise.
+    has_t5 = (folder / "text_encoder_3" / "config.json").exists()
     backbone = folder / "discriminator_backbone"          # as tools/random_model.py writes it
-    if backbone.is_dir():
-        preset = dataclasses.replace(preset, discriminator=str(backbone))
-    return like_its_preset(preset, folder)
+    return Preset(str(folder), str(folder), text_length=256 if has_t5 else 0,
+                  discriminator=str(backbone) if backbone.is_dir() else BACKBONE)
 
 
-def not_shadowed(source, flag):
-    """UserError when a folder in the working directory would be taken for a hub id of ours."""
-    if not Path(source).is_absolute() and Path(source).exists():
-        raise UserError(f"a folder {source} lies in the working directory and would be taken for "
-                        f"the hub's; rename it, or say {flag} ./{source}")
-
-
-def like_its_preset(preset, folder):
-    """A folder's preset with the span of the real model whose transformer it has."""
-    with contextlib.suppress(OSError, ValueError):        # what is wrong with it, check_base says
-        config = json.loads((folder / "transformer" / "config.json").read_text())
-        for known in PRESETS.values():
-            same = known.architecture and all(
-                config.get(key) == (list(value) if isinstance(value, tuple) else value)
-                for key, value in known.architecture.items() if key != "pos_embed_max_size")
-            if same:
-                return dataclasses.replace(preset, cached_blocks=known.cached_blocks)
-    return preset
-
-
-def base_content(preset):
-    """What a base model is, wherever it lies: its transformer's files, or its hub id."""
-    return content_of(Path(preset.source) / "transformer")
-
-
-def base_config(preset):
-    """The transformer's config of a base model, a dict; UserError unless it is an SD3
-    transformer."""
-    # SD1, Flux and others have other inputs and other blocks; nothing here would fit them.
-    if Path(preset.source).is_absolute() and not (
-            Path(preset.source) / "transformer" / "config.json").exists():
-        raise UserError(f"{preset.source} is no pipeline folder: it has no transformer/config.json")
-    with loading("transformer/config.json", preset.source):
+def check_base(preset, offline=False):
+    """(the transformer's config, pixels of a side for each latent pixel) of a base model: 8 for the
+    real models, 4 for tiny. UserError unless it is an SD3 transformer with SD3's schedule. Reads
+    configs alone, so a mistake costs nothing; offline, a preset's without a download."""
+    if offline and preset.architecture:
+        return preset.architecture, 8
+    from diffusers import AutoencoderKL
+    with loading("the configs", preset.source):
         config = CachedSD3.load_config(preset.source, subfolder="transformer")
+        vae = AutoencoderKL.load_config(preset.source, subfolder="vae")
+        schedule = load_scheduler(preset).config
+    # SD1, Flux and others have other inputs and other blocks; nothing here would fit them.
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise UserError(f"{preset.source} holds a {config.get('_class_name')}, "
                         "not an SD3Transformer2DModel")
-    return config
-
-
-def check_base(preset):
-    """base_config of a base model that is sound; UserError when a tensor is missing, or when it has
-    another schedule than the student's grid is made for. Called once, before anything is loaded: it
-    reads configs and the names of tensors alone, so that a mistake costs nothing."""
-    config = base_config(preset)
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    for part, cls in (("transformer", CachedSD3), ("vae", AutoencoderKL)):
-        with loading(f"the {part}", preset.source), torch.device("meta"):
-            empty = cls.from_config(cls.load_config(preset.source, subfolder=part))
-            check_whole(empty, Path(preset.source) / part)
     # The student's grid (sampler.sigma_grid) is SD3's: shift 3, for every picture size.
+    if schedule.shift != 3.0 or schedule.use_dynamic_shifting:
+        raise UserError(f"{preset.source}: its scheduler has shift = {schedule.shift}, dynamic "
+                        f"shifting {schedule.use_dynamic_shifting}; the student's sigmas are made "
+                        "for a shift of 3, as in Stable Diffusion 3")
+    # Each level of the VAE but the last halves the picture's side.
+    return config, 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def load_scheduler(preset):
+    """The base model's own FlowMatchEulerDiscreteScheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
     with loading("the scheduler", preset.source):
-        schedule = FlowMatchEulerDiscreteScheduler.load_config(preset.source, subfolder="scheduler")
-    for key, needed in SCHEDULE.items():
-        if schedule.get(key, needed) != needed:
-            raise UserError(f"{preset.source}: its scheduler has {key} = {schedule[key]}; the "
-                            f"student's sigmas are made for {needed}, as in Stable Diffusion 3")
-    return config
-
-
-# What a scheduler's config must say, where it says anything. Each of these changes its sigmas.
-SCHEDULE = {"shift": 3.0, "num_train_timesteps": 1000, "use_dynamic_shifting": False,
-            "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-            "invert_sigmas": False, "shift_terminal": None, "stochastic_sampling": False}
-
-
-def weight_files(folder):
-    """The safetensors files of a local folder that diffusers would load: those in full precision
-    or, where there are none, the *.fp16 ones."""
-    # Many repositories hold both, and whoever downloads takes one kind. Large networks are cut into
-    # several files; all of them count.
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return [file for file in files if ".fp16" not in file.name] or files
-
-
-def variant(folder):
-    """"fp16" for a local folder that has such weights alone, else None."""
-    files = weight_files(folder)
-    return "fp16" if files and ".fp16" in files[0].name else None
-
-
-def saved_shapes(folder):
-    """{tensor: (its shape, its file)} of a local folder's weights; {} of a hub id. Only the headers
-    of the files are read."""
-    shapes = {}
-    for file in weight_files(folder):
-        with safe_open(file, "pt") as opened:
-            for name in sorted(opened.keys()):
-                shapes[name] = opened.get_slice(name).get_shape(), file
-    return shapes
-
-
-def check_whole(net, folder):
-    """UserError unless the files of a local folder hold just the tensors of `net`, each of its
-    shape. The libraries fill in what is missing at random, or drop what they do not know."""
-    expected, saved = net.state_dict(), saved_shapes(folder)
-    for name, (shape, file) in saved.items():
-        if name not in expected:
-            raise UserError(f"{file} holds a foreign tensor, {name}; save the network with "
-                            "save_pretrained, adapters merged and without a prefix")
-        if shape != list(expected[name].shape):
-            raise UserError(f"{file}: {name} has the shape {shape}, which does not fit its "
-                            "config.json")
-    refuse_missing(folder, expected.keys() - saved.keys())
-
-
-def refuse_missing(folder, missing):
-    """UserError when tensors are missing in a folder that is on this machine (no hub id)."""
-    if missing and weight_files(folder):
-        raise UserError(f"{folder} lacks the tensor {min(missing)}; copy all its files again")
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(preset.source, subfolder="scheduler")
 
 
 def parse_span(text, blocks):
@@ -266,17 +188,7 @@ def parse_span(text, blocks):
 
 @contextlib.contextmanager
 def loading(what, source):
-    """Turns the many ways in which weights cannot be had into one line that says what to do. Keeps
-    the bars of loading out; those of downloads stay."""
-    from diffusers.utils import logging as of_diffusers
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging as of_transformers
-    silent = are_progress_bars_disabled()                 # of downloads, by the user's own wish
-    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    if not silent:
-        enable_progress_bars()                            # which transformers has just disabled
+    """Turns the many ways in which weights cannot be had into one line that says what to do."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -287,62 +199,67 @@ def loading(what, source):
             advice = "its files are missing or damaged; copy or save that part again"
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"cannot load {what} of {source} ({line}); {advice}") from error
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
+
+
+def load_part(cls, source, part, dtype, harmless="$^", **others):
+    """One network of a pipeline, or of a folder of its own (part None), in eval mode. UserError
+    unless its files hold just its tensors: the libraries would fill in what is missing at random
+    and drop what they do not know. Names that match the pattern `harmless` may differ."""
+    what = part or cls.__name__
+    # Some repositories hold half-precision files alone; diffusers wants to be told.
+    folder = Path(source) / (part or "")
+    files = list(folder.glob("*.safetensors"))
+    half_only = files and all(".fp16" in file.name for file in files)
+    if part:
+        others["subfolder"] = part
+    with loading(what, source):
+        net, found = cls.from_pretrained(
+            source, torch_dtype=dtype, variant="fp16" if half_only else None,
+            use_safetensors=True, output_loading_info=True, **others)   # a pickle could run code
+    odd = [name for name in [*found["missing_keys"], *found["unexpected_keys"]]
+           if not re.match(harmless, name)]
+    if odd:
+        verb = "lacks" if odd[0] in found["missing_keys"] else "holds a foreign tensor,"
+        raise UserError(f"{what} of {source} {verb} {odd[0]} ({len(odd)} tensors in all); copy "
+                        "its files again, or save it with save_pretrained, adapters merged")
+    return net.eval()
 
 
 def pick_device(preset, name=None):
     """The torch device: the one named; else cuda for a real model, where it is there, and the CPU
     for the miniature."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there.append("cuda")
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    if name and name not in there:
-        raise UserError(f"--device {name}: this PyTorch finds no such device; there is "
-                        f"{', '.join(there)}")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
     # The miniature's networks are so small that a GPU waits for Python most of the time: an H200
     # takes as long as two cores. And on a CPU its numbers are those of the docs.
     if not name:
-        name = "cuda" if "cuda" in there and preset.captions != "tiny" else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        # fp32 products in TF32 (the discriminator's; transformers and VAE compute in bf16), and the
-        # fastest convolutions, found by trial. What they were before comes back at the end.
-        leaving.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        leaving.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        name = "cuda" if there["cuda"] and preset.captions != "tiny" else "cpu"
+    if not there[name]:
+        raise UserError(f"--device {name}: this PyTorch finds no such device")
+    if name == "cuda":
+        # fp32 products in TF32: the discriminator's. Transformers and VAE compute in bf16.
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    return device
+    return torch.device(name)
 
 
 # ================================================================== the transformer
 
-def load_transformer(preset, dtype=torch.float32, everywhere=True):
-    """The base model's transformer, in eval mode. Networks that learn are fp32; a frozen one may be
-    bf16. Eval and train mode are the same here: an MMDiT has no dropout. everywhere=False: the
-    other processes get it without weights, which place() sends them in pieces."""
-    if not everywhere and not first():
-        return empty_transformer(base_config(preset), dtype)
-    return read_transformer(preset.source, "transformer", dtype)
+def load_transformer(preset, frozen_on=None, spread=False):
+    """The base model's transformer, in eval mode: an MMDiT has no dropout, so that train mode would
+    be the same. Networks that learn are fp32; one that never does takes half the memory on a GPU
+    (frozen_on, its device). spread: of several processes the main one alone reads the weights, and
+    place() sends the others their pieces."""
+    dtype = frozen_dtype(frozen_on) if frozen_on else torch.float32
+    if spread and not is_main():
+        config = CachedSD3.load_config(preset.source, subfolder="transformer")
+        return empty_transformer(config).to(dtype)
+    return load_part(CachedSD3, preset.source, "transformer", dtype)
 
 
-def read_transformer(source, part=None, dtype=torch.float32):
-    """An SD3 transformer from a folder or hub id or, when part is named, from that part of a
-    pipeline."""
-    with loading("the transformer", source):
-        net = CachedSD3.from_pretrained(
-            source, subfolder=part, torch_dtype=dtype, variant=variant(Path(source) / (part or "")),
-            use_safetensors=True)                         # a pickle could run a stranger's code
-    return net.eval()
-
-
-def empty_transformer(config, dtype=torch.float32):
+def empty_transformer(config):
     """A transformer of that config with shapes and no memory."""
     with torch.device("meta"):
-        return CachedSD3.from_config(config).to(dtype).eval()
+        return CachedSD3.from_config(config).eval()
 
 
 def frozen_dtype(device):
@@ -350,31 +267,59 @@ def frozen_dtype(device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def call_network(net, x, sigma, prompt, **cached):
-    """What the network returns, (velocity, Δ0 or None), at latents x [B, C, H, W] and sigma, a
-    number or [B]. prompt is (embeds, pooled); cached are the span's arguments of CachedSD3.forward.
+def velocity(net, x, sigma, prompt, span=None, delta=None, f=None):
+    """One evaluation of a network: (velocity [B, C, H, W] fp32, Δ0 or None) at latents x
+    [B, C, H, W] and sigma, a number or [B]. prompt is (embeds, pooled).
 
-    This is the only place where sigma becomes a timestep. On CUDA the forward runs in bf16
-    autocast; the latents outside stay fp32 (deviation 7).
+    span, delta and f are the cache's (cache.CachedSD3.forward): without a span every block runs;
+    with one the residual Δ0 is recorded; with delta, too, the span is skipped and f(Δ0) stands in
+    for it. Δ0 is an argument and an answer, no state of the network: it cannot be left over from
+    another prompt, and gradient checkpointing may run the blocks again later.
     """
-    # The long names are diffusers': embeds are "encoder hidden states" because text encoders made
-    # them, pooled is "projections" because CLIP projects it.
+    # This is the only place where sigma becomes a timestep. On CUDA the forward runs in bf16
+    # autocast; the latents outside stay fp32 (deviation 7). The long names are diffusers': embeds
+    # are "encoder hidden states", the text encoders' answer; pooled is "projections", CLIP's.
     embeds, pooled = prompt
     timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-        return net(hidden_states=x.to(net.dtype), timestep=timestep,
-                   encoder_hidden_states=embeds.to(net.dtype),
-                   pooled_projections=pooled.to(net.dtype), return_dict=False, **cached)
+        v, delta = net(hidden_states=x.to(net.dtype), timestep=timestep,
+                       encoder_hidden_states=embeds.to(net.dtype),
+                       pooled_projections=pooled.to(net.dtype), span=span, delta=delta, f=f)
+    return v.float(), delta
 
 
-def velocity(net, x, sigma, prompt):
-    """The network's velocity, fp32 [B, C, H, W], every block computed."""
-    return call_network(net, x, sigma, prompt)[0].float()
+def forward_flops(net, shape, tokens, **cached):
+    """(FLOPs, Δ0) of one forward of a transformer on the meta device, for one sample of latents
+    `shape` [C, H, W] and `tokens` text tokens; cached as in CachedSD3.forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):                            # shapes without memory or arithmetic
+        x = torch.zeros(1, *shape)
+        embeds = torch.zeros(1, tokens, net.config.joint_attention_dim)
+        pooled = torch.zeros(1, net.config.pooled_projection_dim)
+        # On a CPU the counter would miss the attention; on meta tensors it does not.
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            _, delta = net(x, embeds, pooled, torch.zeros(1), **cached)
+    return counter.get_total_flops(), delta
+
+
+def cost(preset, config, shape, learning, frozen, samples, passes):
+    """What --dry-run says of a run: `learning` and `frozen` transformers in memory, and an
+    iteration of so many samples with so many forward passes each (a backward pass counts two)."""
+    net = empty_transformer(config)
+    billions = sum(p.numel() for p in net.parameters()) / 1e9
+    flops, _ = forward_flops(net, shape, preset.tokens)
+    return (f"transformer: {billions:.2f} billion parameters, {flops / 1e12:.3g} TFLOP a forward\n"
+            f"memory: {learning} that learn × 16 bytes a parameter (fp32 weights, gradient, "
+            f"AdamW's two moments) = {16 * learning * billions:.1f} GB; {frozen} frozen × 2 bytes "
+            f"(bf16) = {2 * frozen * billions:.1f} GB; activations come on top: measured peaks are "
+            f"in docs/REAL_MODELS.md\n"
+            f"compute: an iteration is {samples} samples × {passes:g} passes = "
+            f"{samples * passes * flops / 1e12:.4g} TFLOP")
 
 
 def place(net, device, compiled=False):
     """The transformer on its device. With several processes its weights are spread over them:
-    torch's fully_shard, which gathers each block when it is used. Then only the first process needs
+    torch's fully_shard, which gathers each block when it is used. Then only the main process needs
     to hold the whole; it sends each its pieces. Make optimisers after this."""
     if compiled:
         # Block by block: they are alike, so one is compiled and serves all. The loop around them,
@@ -385,20 +330,19 @@ def place(net, device, compiled=False):
         return net.to(device)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    how = {"mesh": init_device_mesh(device.type, (processes(),)),
-           "reshard_after_forward": True}                 # the root, too
+    how = {"mesh": init_device_mesh(device.type, (processes(),)), "reshard_after_forward": True}
     if device.type == "cuda":
-        # Compute in bf16, sum gradients in fp32. Inputs stay as they are: call_network casts.
+        # Compute in bf16, sum gradients in fp32. Inputs stay as they are: velocity() casts.
         how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
                                                 cast_forward_inputs=False)
-    whole = net.state_dict() if first() else {}
+    whole = net.state_dict() if is_main() else {}
     net.to("meta")                                        # `whole` keeps the weights
     # Block by block: only one is whole at a time, the others lie in pieces on all devices.
     for block in net.transformer_blocks:
         fully_shard(block, **how)
     fully_shard(net, **how)
     net.to_empty(device=device)
-    load_whole(net, whole)
+    load_full(net, whole)
     return net
 
 
@@ -423,25 +367,12 @@ def add_lora(net, rank, seed):
     return net
 
 
-def lora_base_dtype(device):
-    """What the frozen weights under LoRA are stored in: half precision on one GPU, as the student's
-    file has them. Sharded, all weights of a block must be of one type, so fp32."""
-    half = device.type == "cuda" and processes() == 1
-    return torch.float16 if half else torch.float32
-
-
-def merge_lora(net):
-    """Adds B·A to each weight W and takes the adapter off: nobody has to guess a scale later."""
-    net.fuse_lora()
-    net.unload_lora()
-
-
 def save_transformer(net, folder, half, lora_rank=None):
     """Writes a stock transformer folder of a network that may be sharded, LoRA merged into its
-    weights, in half precision if so told. All processes call it; the first one writes."""
+    weights, in half precision if so told. All processes call it; the main one writes."""
     from diffusers import SD3Transformer2DModel
-    state = whole_state(net)
-    if not first():
+    state = full_state(net)
+    if not is_main():
         return
     # A stock network takes over the weights, so that the folder is stock: CachedSD3 would write its
     # own name into config.json, and from_pretrained of others would not find it.
@@ -459,16 +390,44 @@ def save_transformer(net, folder, half, lora_rank=None):
     save_whole(folder, plain.save_pretrained)
 
 
+def merge_lora(net):
+    """Adds B·A to each weight W and takes the adapter off: nobody has to guess a scale later."""
+    net.fuse_lora()
+    net.unload_lora()
+
+
+def load_student(folder, settings, preset, device, spread=False):
+    """(student, span or None, f or None), fp32, of a run with these settings, finished or not: its
+    result or, when that is older, its newest checkpoint. spread as in load_transformer."""
+    folder = Path(folder)
+    weights = newest_student(folder)
+    finished = weights.name == "student"
+    config = CachedSD3.load_config(preset.source, subfolder="transformer")
+    span = f = None
+    if spread and not is_main():
+        return empty_transformer(config), None, None
+    if finished:
+        student = load_part(CachedSD3, weights, None, torch.float32)
+    with loading("the student", folder):
+        if not finished:
+            student = CachedSD3.from_config(config)
+            if settings.get("lora_rank"):                 # a checkpoint holds adapters, not merged
+                add_lora(student, settings["lora_rank"], seed=0)
+            student.load_state_dict(load_file(weights / "student.safetensors"))
+            if settings.get("lora_rank"):
+                merge_lora(student)
+        if settings.get("cached_blocks", "none") != "none":
+            span = parse_span(settings["cached_blocks"], len(student.transformer_blocks))
+        # f has a file of its own: a stock folder would drop it with a mere warning.
+        if span and not settings["no_compensation"]:
+            f = make_compensation(student.inner_dim)
+            source = folder if finished else weights
+            f.load_state_dict(load_file(source / "compensation.safetensors"))
+            f.to(device).eval()
+    return student.to(device).eval(), span, f
+
+
 # ================================================================== latents to pictures
-
-def vae_factor(preset):
-    """Pixels of a side for each latent pixel: 8 for the real models, 4 for tiny."""
-    from diffusers import AutoencoderKL
-    with loading("the VAE's config", preset.source):
-        # Each level but the last halves the picture's side.
-        config = AutoencoderKL.load_config(preset.source, subfolder="vae")
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
 
 class Decoder:
     """The frozen VAE: latents [B, C, H, W] to pictures [B, 3, 8H, 8W] in [0, 1] (tiny: 4H, 4W).
@@ -476,17 +435,14 @@ class Decoder:
 
     def __init__(self, preset, device, checkpointing=False):
         from diffusers import AutoencoderKL
-        with loading("the VAE", preset.source):
-            self.vae = AutoencoderKL.from_pretrained(
-                preset.source, subfolder="vae", torch_dtype=frozen_dtype(device),
-                use_safetensors=True, variant=variant(Path(preset.source) / "vae"))
         # On a GPU it is stored in bf16, half the memory; the eye sees no difference (in the
         # miniature 0.26 of 255 levels on the mean). Channels last is the order in memory that a
         # GPU's convolutions prefer; the shape stays [B, C, H, W].
+        self.vae = load_part(AutoencoderKL, preset.source, "vae", frozen_dtype(device))
         if device.type == "cuda":
             self.vae.to(memory_format=torch.channels_last)
         # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
-        self.vae.to(device).eval().requires_grad_(False)
+        self.vae.to(device).requires_grad_(False)
         if checkpointing:
             self.vae.enable_gradient_checkpointing()
 
@@ -532,7 +488,7 @@ class Discriminator(torch.nn.Module):
 
     def __init__(self, preset, seed=0, width=64):
         super().__init__()
-        self.backbone = load_backbone(preset.discriminator).eval().requires_grad_(False)
+        self.backbone = load_backbone(preset.discriminator).requires_grad_(False)
         # The backbone was trained on pictures normalised like this; others would blind it.
         self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
@@ -550,68 +506,48 @@ class Discriminator(torch.nn.Module):
 
 
 def load_backbone(source):
-    """A frozen ConvNeXtV2 with all its feature maps, from a folder or the hub; UserError unless all
-    its weights are there."""
+    """A frozen ConvNeXtV2 with all its feature maps, from a folder or the hub."""
     # transformers' AutoBackbone fails on local folders, so the class is named here.
     from transformers import AutoConfig, ConvNextV2Backbone
     revision = BACKBONE_REVISION if source == BACKBONE else None
     with loading("the discriminator's backbone", source):
         levels = AutoConfig.from_pretrained(source, revision=revision).stage_names[1:]
-        backbone, found = ConvNextV2Backbone.from_pretrained(
-            source, out_features=levels, dtype=torch.float32, use_safetensors=True,
-            revision=revision, output_loading_info=True)
-    # Older files name the weights of GRN gamma and beta. transformers then leaves them at zero
-    # without a word, and the backbone sees less. hidden_states_norms come new with a backbone, and
-    # its classifier is not needed.
-    missing = [name for name in found["missing_keys"] if "hidden_states_norms" not in name]
-    foreign = [name for name in found["unexpected_keys"]
-               if not name.startswith(("classifier.", "layernorm.", "convnextv2.layernorm."))]
-    if missing or foreign:
-        what = f"lacks {min(missing)}" if missing else f"holds a foreign tensor, {min(foreign)}"
-        raise UserError(f"the discriminator's backbone {source} {what}; save it with the "
-                        "transformers of today, or name another by --discriminator")
-    return backbone
+    # hidden_states_norms come new with a backbone, and its classifier is not needed. Anything else
+    # must be there: older files name the weights of GRN gamma and beta, and transformers would
+    # leave them at zero without a word.
+    return load_part(ConvNextV2Backbone, source, None, torch.float32, out_features=levels,
+                     revision=revision,
+                     harmless=r"hidden_states_norms|classifier\.|(convnextv2\.)?layernorm\.")
 
 
 # ================================================================== prompts
 
-def load_pipeline(preset, dtype, **parts):
-    """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components."""
-    from diffusers import StableDiffusion3Pipeline
-    if not preset.text_length:
-        # A folder without T5 loads only when it is told so, whatever its model_index.json says.
-        parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
-    return StableDiffusion3Pipeline.from_pretrained(
-        preset.source, torch_dtype=dtype, use_safetensors=True,
-        variant=variant(Path(preset.source) / "text_encoder"), **parts)
-
-
 class Prompts:
-    """A pool of prompts, each encoded once, and the empty prompt. Index it like a list.
+    """A pool of prompts, each encoded once, and the empty prompt.
 
     Encode before the networks are loaded: the text encoders of a real model take 11 GB, and are
-    freed again here. With a folder the result is kept there in one file, 2.7 MB for an SD3 prompt,
-    which later runs and other processes share; it is mapped into memory, not read.
+    freed again here. With folders (run folders, its own first) the result is kept in the first
+    one's prompts.safetensors, 2.7 MB for an SD3 prompt, or taken from the one that has these texts.
     """
 
-    def __init__(self, preset, texts, device, folder=None):
+    def __init__(self, preset, texts, device, folders=()):
         self.texts, self.device = list(texts), device
         # The empty prompt comes last, so that index i is still the i-th text.
         everything = [*self.texts, ""]
-        if folder is None:
+        if not folders:
             self.embeds, self.pooled = encode_prompts(preset, everything, device)
             return
-        # Named by all that it depends on, so that no file is ever out of date.
-        about = [everything, frozen_dtype(device), preset.text_length, preset.encode_batch]
-        for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-            about.append(content_of(Path(preset.source) / part))
-        self.content = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
-        file = Path(folder) / f"prompts-{self.content}.safetensors"
-        if first() and not file.exists():
+        files = [Path(folder) / "prompts.safetensors" for folder in folders]
+        about = {"model": preset.name, "texts": json.dumps(everything)}
+        if files[0].exists() and read_metadata(files[0]) != about:
+            raise UserError(f"{files[0]} holds other prompts than are given now; give another "
+                            "--out, or --overwrite")
+        if is_main() and not any(read_metadata(file) == about for file in files):
             embeds, pooled = encode_prompts(preset, everything, device)
-            save_tensors(file, {"embeds": embeds, "pooled": pooled})
-        any_process(False)                                # the others wait for the first
-        encoded = load_file(file)
+            save_tensors(files[0], {"embeds": embeds, "pooled": pooled}, about)
+        any_process(False)                                # the others wait for the main one
+        file = next(file for file in files if read_metadata(file) == about)
+        encoded = load_file(file)                         # mapped into memory, not read
         self.embeds, self.pooled = encoded["embeds"], encoded["pooled"]
 
     def __len__(self):
@@ -627,57 +563,59 @@ class Prompts:
         return self.take([len(self.texts)] * n)
 
 
+def read_metadata(file):
+    """The texts in the header of a safetensors file; None where there is no such file."""
+    if not file.exists():
+        return None
+    with loading(file.name, file.parent), safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def load_pipeline(preset, dtype, **parts):
+    """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components."""
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+    # Loaded one by one, so that a missing tensor is seen. A folder without T5 loads only when it is
+    # told so, whatever its model_index.json says.
+    encoders = {"text_encoder": CLIPTextModelWithProjection,
+                "text_encoder_2": CLIPTextModelWithProjection}
+    if preset.text_length:
+        encoders["text_encoder_3"] = T5EncoderModel
+    else:
+        parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
+    for name, cls in encoders.items():
+        parts[name] = load_part(cls, preset.source, name, dtype)
+    with loading("the pipeline", preset.source):
+        return StableDiffusion3Pipeline.from_pretrained(
+            preset.source, torch_dtype=dtype, use_safetensors=True, **parts)
+
+
 def encode_prompts(preset, texts, device):
     """(embeds [n, L, J], pooled [n, P]) on the CPU, by the stock pipeline's own encode_prompt.
     L is 77 + 256 for the real models, 8 for tiny, which has no T5."""
-    from tqdm import tqdm
     device, size = torch.device(device), preset.encode_batch
-    empty = empty_transformer(base_config(preset))        # encode_prompt reads its config alone
-    with loading("the text encoders", preset.source):
-        pipe = load_pipeline(preset, frozen_dtype(device), transformer=empty, vae=None)
-    encoders = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2,
-                "text_encoder_3": pipe.text_encoder_3}
-    for name, encoder in encoders.items():
+    config = CachedSD3.load_config(preset.source, subfolder="transformer")
+    empty = empty_transformer(config)                     # encode_prompt reads its config alone
+    pipe = load_pipeline(preset, frozen_dtype(device), transformer=empty, vae=None)
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if encoder is not None:
-            check_encoder(encoder, Path(preset.source) / name)
             encoder.to(device)
-    warn_of_long_prompts(pipe, preset, texts)
     embeds, pooled = [], []
     with torch.no_grad():
         for start in tqdm(range(0, len(texts), size), desc="encoding prompts",
-                          disable=len(texts) < 100 or not first()):
+                          disable=len(texts) < 100 or not is_main()):
             batch = texts[start:start + size]
             # Always full: in batches of different sizes the last bits of a prompt would depend on
             # how many came with it.
             full = batch + [""] * (size - len(batch))
-            # Of the four answers two are for guidance inside the pipeline; ours are one and three.
-            answers = pipe.encode_prompt(full, None, None, do_classifier_free_guidance=False,
-                                         max_sequence_length=preset.text_length, device=device)
-            embeds.append(answers[0][:len(batch)].cpu())                  # size×L×J
-            pooled.append(answers[2][:len(batch)].cpu())                  # size×P
+            # Four answers: embeds, pooled and, for guidance inside the pipeline, two of the empty
+            # prompt, which are None here.
+            of_texts, _, of_whole, _ = pipe.encode_prompt(
+                full, None, None, do_classifier_free_guidance=False,
+                max_sequence_length=preset.text_length, device=device)
+            embeds.append(of_texts[:len(batch)].cpu())                    # size×L×J
+            pooled.append(of_whole[:len(batch)].cpu())                    # size×P
     return torch.cat(embeds), torch.cat(pooled)
-
-
-def check_encoder(encoder, folder):
-    """UserError when the files of a local folder lack a tensor of a text encoder: transformers
-    would make it up at random."""
-    tensors, saved = encoder.state_dict(), saved_shapes(folder)
-    # T5 has one table under two names, of which its file has one.
-    there = {tensors[name].data_ptr() for name in saved.keys() & tensors.keys()}
-    missing = [name for name, tensor in tensors.items()
-               if name not in saved and tensor.data_ptr() not in there]
-    refuse_missing(folder, missing)
-
-
-def warn_of_long_prompts(pipe, preset, texts):
-    """Counts prompts that are longer than CLIP's 77 tokens: it reads no further. T5 does."""
-    if not preset.text_length:
-        return
-    limit = pipe.tokenizer.model_max_length
-    long = sum(len(ids) > limit for ids in pipe.tokenizer(texts).input_ids)
-    if long:
-        print(f"warning: {long} of {len(texts)} prompts are longer than CLIP's {limit} tokens; "
-              "only T5 reads their ends", file=sys.stderr)
 
 
 # Five lists whose combinations are 80 000 prompts: style, kind, subject, place, light [ours].
@@ -703,31 +641,44 @@ def default_prompts(preset):
     return [" ".join(words) for words in itertools.product(*GRAMMAR)]
 
 
-def texts_of(preset, path=None):
-    """The texts of a file of prompts, or the default ones."""
-    if not path:
-        return default_prompts(preset)
-    from tools.prompt_files import read_prompts           # text, JSON, CSV: nothing of the method
-    return read_prompts(path)
+def read_prompts(path):
+    """The prompts of a file: one a line, or JSON lines with "prompt"; UserError with the line that
+    is neither."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: not a file of UTF-8 text ({error})") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.lstrip().startswith(("{", "[")):          # a bracket must not become a prompt
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"--prompts {path}, line {number}: neither a prompt nor a JSON "
+                                "object with \"prompt\"") from None
+        if str(line).strip():
+            prompts.append(str(line).strip())
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompt in it")
+    return prompts
 
 
-def choose_prompts(preset, path=None, text=None):
-    """The texts to train or sample on: one text, those of a file, or the default ones. Warns of
-    words that the miniature world does not know."""
-    texts = [text] if text else texts_of(preset, path)
+def choose_prompts(preset, path=None, text=None, pool=None, seed=0):
+    """The texts to train or sample on: one text, those of a file, or the default ones; `pool` of
+    them, drawn by seed, when there are more. Warns of words that the miniature does not know."""
+    texts = default_prompts(preset)
+    if text:
+        texts = [text]
+    elif path:
+        texts = read_prompts(path)
     if preset.captions == "tiny":
         from tiny.world import WORDS
         unknown = {word for text in texts for word in text.lower().split()} - WORDS
         if unknown:
             print(f"warning: the miniature world does not know {', '.join(sorted(unknown)[:8])}; "
                   f"its words are {', '.join(sorted(WORDS))}", file=sys.stderr)
-    return texts
-
-
-def draw_pool(texts, size, seed):
-    """`size` of the texts, drawn by seed (--pool): all that a run encodes and trains on."""
-    if size >= len(texts):
+    if pool is None or pool >= len(texts):
         return texts
     # Drawn at random: the first so many of the grammar would all be of one style.
     order = torch.randperm(len(texts), generator=rng(seed, "pool"))
-    return [texts[j] for j in order[:size].tolist()]
+    return [texts[j] for j in order[:pool].tolist()]

@@ -1,20 +1,25 @@
-"""Run folders: how a training is stopped, resumed, and never lost.
+"""All that is not the method: the command line, randomness, processes, the run folder.
 Nothing here knows about diffusion; skip this file when you read beside the paper.
 
-A run folder holds settings.json, metrics.jsonl, samples/, the two newest checkpoint-NNNNNN/ and, at
-the end, the result. Everything is safetensors or JSON. Nothing is ever unpickled, so loading a
-stranger's checkpoint cannot run a stranger's code.
+A run folder holds settings.json, prompts.safetensors, metrics.jsonl, samples/, the two newest
+checkpoint-NNNNNN/ and, at the end, the result in student/. Everything is safetensors or JSON.
+Nothing is ever unpickled, so loading a stranger's checkpoint cannot run a stranger's code.
 
-What carries the robustness of the project exists once:
-  rng                all randomness: from (seed, iteration) alone, so nothing needs to be saved
-  save_whole         the only way a folder is written: temporary name, fsync, rename
-  newest_checkpoint  what training goes on from: checks the hashes, falls back to the one before
-  Run                the folder itself: opened, restored, logged to, saved
-The command line is tools/settings.py, torchrun's processes are tools/processes.py.
+Four promises are kept here, each once:
+  repeatable    rng: whatever is random depends on (seed, iteration) alone, so nothing is saved
+  never half    save_whole and replace_file: a temporary name, fsync, rename
+  resumed       Run: the same command typed again goes on from the newest checkpoint
+  any number    of processes (torchrun) computes the same gradients of the same global batch
 """
 
+import argparse
+import atexit
 import contextlib
+import dataclasses
+import functools
+import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -23,34 +28,141 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from datetime import UTC, datetime
+import warnings
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+# A first run should be clean. These lines keep notices of diffusers and transformers out, which are
+# imported after this file: so every script imports it first. The bars of downloads stay.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", module="(diffusers|transformers|huggingface_hub)")
+warnings.filterwarnings("ignore", message="IProgress not found")      # tqdm's, in a notebook
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     set_model_state_dict)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
-from tools.processes import (any_process, first, gather, load_optimizer, load_whole,
-                             optimizer_tensors, processes, whole_state)
-from tools.settings import UserError, leaving
-
-try:
-    import fcntl
-except ImportError:                                       # Windows: runs are not locked there
-    fcntl = None
-
-FORMAT = 4        # version of the run folder; another one is refused, never guessed at
-KEEP = 2          # [ours] how many checkpoints stay on disk
-SAVING = 0.02     # [ours] share of the time that saving may take, where --checkpoint-every is left
-SOONEST = 300     # [ours] seconds between two such checkpoints at least
-GRACE = 2.0       # [ours] seconds in which a second signal is taken for the first one's echo
-# Settings that a resumed run may change without changing the result. The last five name files,
-# which may have been moved: their content is compared instead (Run).
+KEEP = 2                        # [ours] how many checkpoints stay on disk
+WAIT = timedelta(hours=2)       # [ours] for a process that writes a large checkpoint
+# Settings that a resumed run may change: they change no number beyond its last digits.
 MAY_CHANGE = {"out", "iterations", "checkpoint_every", "sample_every", "log_every", "device",
-              "overwrite", "debug", "dry_run", "compile", "model", "prompts", "init",
-              "reference", "discriminator"}
+              "compile", "overwrite", "debug", "dry_run"}
+
+
+# ================================================================== the command line
+
+class UserError(Exception):
+    """Something the user can put right. Shown as one line; the exit code is 2."""
+
+
+def option(default, text, low=None, high=None, choices=None):
+    """A field of a settings dataclass, and so an option: alpha is --alpha. text says meaning, unit
+    and origin; low and high are inclusive. A default of None is filled in by the script."""
+    return dataclasses.field(default=default, metadata=dict(
+        text=text, low=low, high=high, choices=choices))
+
+
+@dataclasses.dataclass
+class CommonSettings:
+    """What both training scripts share and what is not the method."""
+    out: str = option(None, "run folder (default: runs/MODEL-stage1 or -stage2)")
+    seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
+    accumulation: int = option(1, "micro-batches one after the other, to save memory",
+                               low=1, high=65536)
+    gradient_checkpointing: bool = option(
+        False, "recompute blocks in backward: less memory, a third more time")
+    compile: bool = option(False, "compile the blocks by torch.compile: a slow start")
+    checkpoint_every: int = option(None, "iterations between checkpoints", low=1, high=10**6)
+    sample_every: int = option(None, "iterations between sample grids", low=1, high=10**6)
+    log_every: int = option(5, "iterations between lines of metrics.jsonl", low=1, high=10**6)
+    device: str = option(None, "where to run (default: the miniature on the CPU, a real model on "
+                              "CUDA if it is there)", choices=("cpu", "cuda", "mps"))
+    dry_run: bool = option(False, "print the resolved settings and what they cost, and stop")
+    overwrite: bool = option(False, "start again although the run folder holds a run")
+    debug: bool = option(False, "show tracebacks")
+
+    def check_batch(self):
+        """UserError unless every micro-batch of every process has the same size: only then is the
+        mean of their means the mean of the batch."""
+        if self.batch_size % (processes() * self.accumulation):
+            of_all = f" times {processes()} processes" if processes() > 1 else ""
+            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --accumulation "
+                            f"{self.accumulation}{of_all}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message.removeprefix('argument ')} (see python {self.prog} --help)")
+
+
+def parse_settings(cls, argv, prog, description):
+    """The settings dataclass `cls` filled from the command line. Types come from the annotations;
+    bool fields are flags. UserError for an unknown option, a wrong type, a value out of range."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    for field in dataclasses.fields(cls):
+        flag, about = "--" + field.name.replace("_", "-"), field.metadata
+        text = about["text"].replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif field.type is list:
+            parser.add_argument(flag, nargs="+", metavar="X", choices=about["choices"], help=text)
+        else:
+            parser.add_argument(flag, type=field.type, metavar="X", choices=about["choices"],
+                                default=field.default, help=f"{text} (default: {field.default})")
+    settings = cls(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(cls):
+        value, low, high = getattr(settings, field.name), *map(field.metadata.get, ("low", "high"))
+        # Written so that NaN, which is neither above nor below, is refused as well.
+        if value is not None and low is not None and not low <= value <= high:
+            raise UserError(f"--{field.name.replace('_', '-')} must lie between {low} and {high}, "
+                            f"not {value}")
+    return settings
+
+
+def fill_in(settings, values):
+    """Settings that were not given take these values."""
+    for name, value in values.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+
+
+def command(main):
+    """Decorates a script's main(argv): a user's mistake becomes one line and exit code 2, never a
+    traceback; Ctrl-C outside a loop 130; a full disk one line and 1. One process prints for all."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        output = contextlib.nullcontext()
+        if not is_main():
+            output = contextlib.redirect_stdout(io.StringIO())
+        signals = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        try:
+            # A notebook may call main(): it gets back its own seed, and below its own Ctrl-C.
+            with torch.random.fork_rng(devices=[]), output:
+                return main(argv)
+        except (UserError, KeyboardInterrupt, OSError, SafetensorError) as error:
+            if "--debug" in argv:
+                raise
+            line, code = f"error: {error}", 1
+            if isinstance(error, UserError):
+                code = 2
+            elif isinstance(error, KeyboardInterrupt):
+                line, code = "stopped", 130
+        finally:
+            with contextlib.suppress(ValueError):         # not in the main thread
+                for number, handler in signals.items():
+                    signal.signal(number, handler)
+        print(line, file=sys.stderr)
+        raise SystemExit(code)
+    return wrapped
 
 
 # ================================================================== randomness
@@ -59,53 +171,181 @@ def rng(seed, *key):
     """A CPU torch.Generator that depends on (seed, key) alone, e.g. rng(seed, iteration) or
     rng(seed, "image", 7).
 
-    Whatever is random in an iteration is drawn from such generators: steps and levels for the
-    global batch, noises for each sample by itself. So a resumed run, another device and another
-    number of processes see the same numbers.
+    What is random in an iteration is drawn from such generators: steps and levels for the global
+    batch, noises for each sample by itself. So a resumed run, another device and another number of
+    processes see the same numbers. (Weights that start at random, those of f, LoRA and D's heads,
+    are made under torch.manual_seed(seed).)
     """
     words = [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:4], "big") for k in key]
     state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 
+# ================================================================== processes (torchrun)
+# All processes make the same calls in the same order: a forward of a sharded network, or a function
+# below, that one of them leaves out hangs the others. With one process each does the plain thing.
+
+def processes():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main():
+    """Whether this is the process that writes and prints for all."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def join_processes(device):
+    """Lets the processes find each other. Does nothing when there is only one."""
+    if processes() > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+        # At the end the group goes, or its threads abort the process. What is left of sharded
+        # networks holds it, so that goes first: the last one registered is the first to run.
+        atexit.register(dist.destroy_process_group)
+        atexit.register(gc.collect)
+
+
+def my_rows(batch):
+    """This process's rows of a global batch, a tensor."""
+    size = len(batch) // processes()
+    start = int(os.environ.get("RANK", 0)) * size
+    return batch[start:start + size]
+
+
+def gather(part):
+    """The tensors `part` [B, ...] of all processes, one after the other, on the CPU."""
+    if processes() == 1:
+        return part.cpu()
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    parts = [torch.empty_like(part, device=device) for _ in range(processes())]
+    dist.all_gather(parts, part.to(device).contiguous())
+    return torch.cat(parts).cpu()
+
+
+def any_process(flag):
+    """Whether flag is set in any process. Also a meeting point: all wait here for each other."""
+    return bool(gather(torch.tensor([int(flag)])).any())
+
+
+def micro_batches(batch, parts):
+    """Cuts {name: tensor [B, ...]} into `parts` smaller ones (--accumulation). Usually there is one
+    part: the batch itself."""
+    size = len(next(iter(batch.values()))) // parts
+    cut = []
+    for start in range(0, size * parts, size):
+        cut.append({name: values[start:start + size] for name, values in batch.items()})
+    return cut
+
+
+def adamw(net, lr, betas, weight_decay):
+    """The optimiser of what learns in a network: with LoRA not all of its parameters do."""
+    learning = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.AdamW(learning, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def clip_and_step(optimizers, max_norm=math.inf):
+    """One update of all `optimizers` together; returns the norm of their gradients.
+
+    1. Average the gradients over the processes, where fully_shard has not done so already.
+    2. Take one norm over all of them and shrink them jointly where it exceeds max_norm.
+    3. Step, unless the norm is not finite, and clear the gradients.
+    """
+    grads = [p.grad for optimizer in optimizers for group in optimizer.param_groups
+             for p in group["params"] if p.grad is not None]
+    sharded = [grad for grad in grads if isinstance(grad, DTensor)]
+    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    # Every process holds the small networks whole: f and the discriminator's heads.
+    if processes() > 1:
+        for grad in whole:
+            dist.all_reduce(grad.div_(processes()))
+    # Several devices hold pieces of a sharded gradient, so torch takes one kind at a time.
+    norms = [torch.nn.utils.get_total_norm(part) for part in (whole, sharded) if part]
+    norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+    norm = torch.stack(norms).norm() if len(norms) == 2 else norms[0]
+    shrink = (max_norm / (norm + 1e-6)).clamp(max=1).item()      # as torch's clip_grad_norm_
+    for grad in grads:
+        grad.mul_(shrink)
+    for optimizer in optimizers:
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def full_state(net):
+    """The network's state, {name: whole tensor on the CPU}; empty but in the main process."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(net, options=options)
+
+
+def load_full(net, state):
+    """Puts a whole state, which only the main process needs to hold, into a network that may be
+    sharded: each process receives its part."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes() > 1)
+    set_model_state_dict(net, state, options=options)
+
+
+# Not torch's state-dict helpers for optimisers: they step an optimiser that has no state yet, so
+# that its first real step would count as the second one.
+
+def optimizer_state(net, optimizer):
+    """The optimiser's state as {"parameter.slot": whole tensor on the CPU}: no pickle, and no order
+    to rely on. Empty but in the main process."""
+    tensors = {}
+    for name, parameter in net.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if is_main():
+                tensors[f"{name}.{slot}"] = value.cpu()
+    return tensors
+
+
+def load_optimizer(net, optimizer, tensors):
+    """Puts back what optimizer_state gave; only the main process needs to hold it. Rates and betas
+    come from the settings."""
+    parameters = dict(net.named_parameters())
+    shapes = [{key: (value.shape, value.dtype) for key, value in tensors.items()}]
+    if processes() > 1:
+        dist.broadcast_object_list(shapes)
+    for key, (shape, dtype) in shapes[0].items():
+        name, slot = key.rsplit(".", 1)
+        parameter = parameters[name]
+        value = tensors[key] if is_main() else torch.empty(shape, dtype=dtype)
+        value = value.to(parameter.device, copy=True)
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        elif processes() > 1:
+            dist.broadcast(value, 0)
+        optimizer.state[parameter][slot] = value
+
+
 # ================================================================== writing and reading
 
 def save_whole(folder, write):
-    """Makes `folder` by calling write(temporary folder). It appears whole or not at all.
-
-    An older folder of that name is replaced only after the new one is complete on the disk. Between
-    the two renames it is at .NAME.old, whole; after a kill at that instant the next save_whole puts
-    it back first.
-    """
+    """Makes `folder` by calling write(temporary folder). It appears whole or not at all: an older
+    folder of that name goes only after the new one is complete on the disk."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)
+    new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    new.mkdir(parents=True)
     try:
         write(new)
-        for path in [p for p in new.rglob("*") if p.is_file()]:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in new.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+        shutil.rmtree(folder)
     new.rename(folder)
-    with contextlib.suppress(OSError):  # some file systems cannot fsync a directory
-        fd = os.open(folder.parent, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_file(path, write):
-    """Makes one file by write(temporary path), whole or not at all. Several runs may write the same
-    file at once: each has a temporary name of its own."""
+    """Makes one file by write(temporary path), whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -128,10 +368,10 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def save_tensors(path, tensors):
-    """Writes {name: tensor} as one safetensors file, whole or not at all."""
+def save_tensors(path, tensors, metadata=None):
+    """Writes {name: tensor} as one safetensors file, whole or not at all; metadata {str: str}."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda temporary: save_file(tensors, temporary))
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def read_json(path):
@@ -151,231 +391,188 @@ def versions():
     """Versions, commit and machine: what a number must carry to be trusted."""
     import diffusers
     import transformers
-    commit = None
+    commit = ""
     with contextlib.suppress(OSError):                    # the git program is optional
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short",
-                              "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip() or None
+        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short",
+                                 "HEAD"], capture_output=True, text=True).stdout.strip()
     return {"torch": torch.__version__, "diffusers": diffusers.__version__,
             "transformers": transformers.__version__, "python": platform.python_version(),
-            "commit": commit, "machine": platform.machine(),
-            "cores": os.cpu_count(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
-
-
-def content_of(folder, pattern="*.safetensors"):
-    """What the files of a folder hold, as 16 hex digits, wherever the folder lies: a hash of names,
-    sizes, and each file's first and last MiB. Other weights of the same shapes differ there. What
-    is no folder, a hub id, stands for itself."""
-    if not Path(folder).is_dir():
-        return str(folder)
-    total = hashlib.sha256()
-    for path in sorted(Path(folder).glob(pattern)):
-        size, ends = path.stat().st_size, b""
-        with open(path, "rb") as file:
-            ends += file.read(2**20)
-            file.seek(max(0, size - 2**20))
-            ends += file.read()
-        total.update(f"{path.name} {size}".encode() + ends)
-    return total.hexdigest()[:16]
+            "commit": commit, "machine": platform.machine(), "cores": os.cpu_count(),
+            "processes": processes(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
 # ================================================================== the run folder
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# What sampler.py, evaluate.py and Stage II read in settings.json, beside further settings.
+NEEDED = {"stage": int, "model": str, "steps": int, "alpha": float, "guidance": float,
+          "latent_shape": list, "finished": int}
+
+
+def read_settings(folder):
+    """The settings.json of a run folder, a dict; UserError when it is missing or not ours."""
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no run folder {folder}; "
+                        "python train_stage1.py makes runs/tiny-stage1")
+    settings = read_json(Path(folder) / "settings.json")
+    for name, kind in NEEDED.items():
+        if not isinstance(settings.get(name), (int, float) if kind is float else kind):
+            raise UserError(f"{folder}/settings.json: {name} is {settings.get(name)!r}, not "
+                            f"{kind.__name__}: no run of this code, or one of an older version")
+    return settings
+
 
 def checkpoints(folder):
     """Checkpoint folders of a run, oldest first."""
     return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"))
 
 
-def digest(tensors):
-    """SHA-256 over {name: CPU tensor}: names, types, shapes and bytes. Taken from memory, so that a
-    large checkpoint is written once and not read again."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
-def newest_checkpoint(run_folder):
-    """(iteration, {part: {name: tensor}}) of the newest sound checkpoint, or (0, None).
-    A damaged one is named on stderr, and the one before it is used."""
-    for folder in reversed(checkpoints(run_folder)):
-        try:
-            state = read_json(folder / "state.json")
-            parts = {}
-            for name, expected in state["parts"].items():
-                if Path(name).name != name:
-                    raise UserError(f"{name!r} is no file name")
-                # safetensors maps the file: the tensors are read when they are used.
-                parts[name] = load_file(folder / f"{name}.safetensors")
-                if digest(parts[name]) != expected:
-                    raise UserError(f"{name} does not match its hash")
-            return int(state["iteration"]), parts
-        except (UserError, OSError, KeyError, ValueError, TypeError, AttributeError,
-                SafetensorError) as error:
-            print(f"{folder} is damaged ({error}); using the one before", file=sys.stderr)
-    return 0, None
+def iteration_of(checkpoint):
+    """checkpoint-000220 → 220. The name is all that says it, and a folder appears whole."""
+    return int(checkpoint.name[-6:])
 
 
 class Run:
-    """A run folder: open it, restore() once, then log() and save() from the loop. All processes
-    call every method; the first one writes.
+    """A run folder: open it, restore() once, then log() and checkpoint() from the loop, finish().
+    All processes call every method; the main one writes.
 
-    settings is a dict of plain values. A folder that holds another run's settings is refused unless
-    overwrite is set; a folder that is not a run folder is never touched. For files that may have
-    been moved, "model_content" and the like (content_of) are compared instead of the path.
+    settings is a dict of plain values. The processes find each other here. UserError, before
+    anything is written, for a folder that holds a run with other settings (unless overwrite is
+    set), and for one that is no run folder.
     """
 
-    def __init__(self, folder, settings, overwrite=False):
+    def __init__(self, folder, settings, device, overwrite=False):
+        join_processes(device)
         self.folder, self.settings = Path(folder), settings
-        self.interrupted, self.locked, self.bad = False, False, 0
-        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        self.stop, self.bad = False, 0
+        self.result = 0                                   # iterations of what lies in student/
+        self.replace = False
         if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file; give --out a folder")
+            raise UserError(f"{folder} is a file; give --out a folder")
         saved = self.folder / "settings.json"
-        if self.folder.exists() and not saved.exists() and any(
-                not path.name.startswith(".") for path in self.folder.iterdir()):
-            raise UserError(f"{self.folder} exists and is not a run folder; "
-                            "give --out another name")
-        self.replace = saved.exists() and overwrite
-        if self.folder.exists():
+        if saved.exists() and overwrite:
+            self.replace = True
+        elif saved.exists():
+            before = read_json(saved)
+            self._compare(before)
+            self.result = before["finished"]
+            if self._newest() > settings["iterations"] > self.result:
+                raise UserError(f"{folder} is at iteration {self._newest()} already; give more "
+                                "--iterations")
+        elif self.folder.exists() and any(
+                path.name != "prompts.safetensors" and not path.name.startswith(".")
+                for path in self.folder.iterdir()):
+            raise UserError(f"{folder} exists and is not a run folder; give --out another name")
+        if is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-        if saved.exists() and not overwrite:
-            self._compare(read_json(saved))
+            if self.replace:
+                (self.folder / "prompts.safetensors").unlink(missing_ok=True)
+
+    def finished(self):
+        """Whether the result is there already; says so."""
+        done = self.result >= self.settings["iterations"]
+        if done:
+            print(f"{self.folder} is finished; more --iterations continue it, --overwrite starts "
+                  "again")
+        return done
 
     def _lock(self):
-        """Keeps other commands out of the folder. The system itself drops the lock when this
-        process ends, however it ends: nothing is left over that would have to be cleaned up."""
-        taken, self.locked = False, True
-        if first() and fcntl:
-            fd = os.open(self.folder, os.O_RDONLY)
-            leaving.callback(os.close, fd)
+        """Keeps other commands out of the folder, until this process ends, however it ends."""
+        with contextlib.suppress(ImportError, FileNotFoundError):     # Windows has no fcntl
+            import fcntl
+            self.locked = open(self.folder / ".lock", "w")
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                taken = True
-            except OSError:                               # a file system without locks
-                pass
-        if any_process(taken):
-            raise UserError(f"{self.folder} is in use by another command that is still running; "
-                            "wait for its end or give another --out")
+                raise UserError(f"{self.folder} is in use by another command that is still "
+                                "running; wait for its end or give another --out") from None
 
     def _compare(self, before):
-        if before.get("format") != FORMAT:
-            raise UserError(f"{self.folder} was written in format {before.get('format')}; "
-                            f"this code reads {FORMAT}")
-        before = before.get("settings")
-        if not isinstance(before, dict):
-            raise UserError(f"{self.folder}/settings.json holds no settings")
         differing = []
         for key, value in self.settings.items():
             if key not in MAY_CHANGE and before.get(key) != value:
-                name = key.removesuffix("_content")
-                what = f"{name} was {before.get(name)}, is {self.settings[name]}"
-                differing.append(what + (" with other content" if name != key else ""))
-        if differing:
+                differing.append(f"{key} was {before.get(key)}, is {value}")
+        if differing or "finished" not in before:
             raise UserError(f"{self.folder} holds a run with other settings "
                             f"({'; '.join(differing)}); "
                             "give another --out, or --overwrite to start again")
 
-    def finished(self, total):
-        """True, and says so, when the result has `total` iterations; UserError when it has passed
-        them without a result. Before anything is loaded."""
-        recipe, saved = self.folder / "distill.json", checkpoints(self.folder)
-        if self.replace:
-            return False
-        done = read_json(recipe).get("iteration") if recipe.exists() else 0
-        if type(done) is not int:
-            raise UserError(f"{recipe}: iteration is {str(done)[:80]!r}, not an integer")
-        if done >= total and recipe.exists():
-            print(f"{self.folder} is finished; more --iterations continue it, "
-                  "--overwrite starts again")
-            return True
-        if saved and int(saved[-1].name[-6:]) > total:
-            raise UserError(f"{self.folder} is at iteration {int(saved[-1].name[-6:])} "
-                            "already; give more --iterations")
-        return False
+    def _newest(self):
+        saved = checkpoints(self.folder)
+        return iteration_of(saved[-1]) if saved else 0
 
     def restore(self, networks, optimizers):
         """Puts the newest checkpoint into networks and optimisers, dicts of names; returns its
         iteration, or 0. A sharded network takes its part of each tensor: any number of processes
         may have saved it. Metrics logged after that checkpoint are dropped, so that metrics.jsonl
         tells one uninterrupted story."""
-        any_process(False)                                # until all have read the folder
-        if first():
+        if is_main():
             if self.replace:                              # only now that all else has been loaded
-                # A rename first: a kill while it is deleted leaves no half of it under its name.
-                old = self.folder.with_name(f".{self.folder.name}.replaced")
-                shutil.rmtree(old, ignore_errors=True)
-                self.folder.rename(old)
-                shutil.rmtree(old)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        if self.replace or not self.locked:
-            self._lock()                                  # of a folder that is new
-            if (self.folder / "settings.json").exists():  # not so new: another one was faster
-                self._compare(read_json(self.folder / "settings.json"))
-        if first():
+                self._clear()
             # First of all, so that a kill leaves nothing that looks like somebody else's folder.
-            write_json(self.folder / "settings.json",
-                       {"format": FORMAT, "settings": self.settings,
-                        "versions": versions() | {"processes": processes()}})
+            self._write_settings()
             (self.folder / "samples").mkdir(exist_ok=True)
-        any_process(False)
-        self._catch_signals()
-        iteration, parts = newest_checkpoint(self.folder) if first() else (0, None)
-        iteration = int(gather(torch.tensor([iteration]))[0])    # the first process read it for all
-        if first():
+        # From here on Ctrl-C and SIGTERM only ask: the loop saves after its iteration, and leaves.
+        for number in STOP_SIGNALS:
+            with contextlib.suppress(ValueError):         # not in the main thread
+                signal.signal(number, lambda number, frame: setattr(self, "stop", True))
+        iteration = int(gather(torch.tensor([self._newest()]))[0])    # the main process's, for all
+        if is_main():
             self._cut_metrics(iteration)
         if not iteration:
             return 0
+        folder = self.folder / f"checkpoint-{iteration:06d}"
         try:
             for name, net in networks.items():
-                load_whole(net, parts[name] if first() else {})
+                load_full(net, load_file(folder / f"{name}.safetensors") if is_main() else {})
             for name, optimizer in optimizers.items():
-                load_optimizer(networks[name], optimizer,
-                               parts[f"{name}_optimizer"] if first() else {})
-        except (RuntimeError, KeyError) as error:
-            raise UserError(f"{self.folder}: its checkpoint does not fit these networks "
-                            f"({str(error).splitlines()[0][:160]})") from error
+                file = folder / f"{name}_optimizer.safetensors"
+                load_optimizer(networks[name], optimizer, load_file(file) if is_main() else {})
+        except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+            raise UserError(f"{folder} does not load ({str(error).splitlines()[0][:160]}); delete "
+                            "it to go on from the one before") from error
         print(f"resuming {self.folder} after iteration {iteration}")
         return iteration
 
+    def _clear(self):
+        """Deletes the run that --overwrite replaces: settings.json stays until new ones are
+        written, so that a kill in between leaves a run folder."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ("settings.json", "prompts.safetensors", ".lock"):
+                path.unlink()
+
+    def _write_settings(self):
+        write_json(self.folder / "settings.json",
+                   {**self.settings, "finished": self.result, "versions": versions()})
+
     def _cut_metrics(self, iteration):
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         keep = []
-        for line in lines:
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):    # cut off by a kill
                 if json.loads(line)["iteration"] <= iteration:
                     keep.append(line)
         write_text(path, "".join(keep))
 
-    def _catch_signals(self):
-        """Ctrl-C and SIGTERM set .interrupted, the moment; the loop saves and leaves after its
-        iteration."""
-        def handler(number, frame):
-            # The second one does not wait; but a scheduler and torchrun may both pass on the first.
-            if self.interrupted and time.monotonic() - self.interrupted > GRACE:
-                raise KeyboardInterrupt
-            self.interrupted = self.interrupted or time.monotonic()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):         # not in the main thread
-                leaving.callback(signal.signal, number, signal.signal(number, handler))
+    def bar(self, start, what):
+        """The iterations that are to come, with a progress bar."""
+        total = self.settings["iterations"]
+        return tqdm(range(start, total), initial=start, total=total, desc=what,
+                    disable=not is_main())
 
-    def stopping(self):
-        """Whether any process was asked to stop."""
-        return any_process(bool(self.interrupted))
-
-    def leave(self, iteration):
-        """Ends an interrupted run after it was saved."""
-        print(f"stopped after iteration {iteration}, saved; type the same command again to go on")
-        raise SystemExit(130)
+    def save(self, name, tensors):
+        """Writes NAME.safetensors into the run folder."""
+        if is_main():
+            save_tensors(self.folder / f"{name}.safetensors", tensors)
 
     def log(self, iteration, **values):
-        """Appends one line to metrics.jsonl, the first process's numbers. What is not finite
-        becomes null: JSON has no NaN. On a GPU peak_gb, what --dry-run plans, joins them."""
-        if not first():
+        """Appends one line to metrics.jsonl, the main process's numbers. What is not finite becomes
+        null: JSON has no NaN. On a GPU the peak of allocated memory joins them."""
+        if not is_main():
             return
         if torch.cuda.is_initialized():
             values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -390,51 +587,77 @@ class Run:
         update. Stops the run after three such iterations in a row."""
         wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
         self.bad = self.bad + 1 if wrong else 0
-        if wrong and first():
+        if wrong and is_main():
             print(f"iteration {iteration}: the gradient of {', '.join(wrong)} is not finite; "
                   "its update was skipped", file=sys.stderr)
-        if self.bad >= 3:
-            advice = f"the newest checkpoint in {self.folder} is sound"
-            if not checkpoints(self.folder):
-                advice = "there is no checkpoint yet; lower the learning rates"
-            raise UserError(f"{self.bad} iterations in a row were not finite; {advice}")
+        if self.bad == 3:
+            raise UserError("three iterations in a row were not finite; lower the learning rates. "
+                            f"The newest checkpoint in {self.folder}, if there is one, is sound")
 
-    def due(self, iteration, every):
-        """Whether to save now: at every so many iterations or, when every is None, whenever saving
-        has then taken no more than SAVING of the time."""
-        if every:
-            return iteration % every == 0
-        spent = time.monotonic() - self.saved_at
-        return any_process(first() and spent > max(SOONEST, self.save_seconds / SAVING))
-
-    def save(self, iteration, networks, optimizers):
-        """Writes checkpoint-NNNNNN/, what restore() puts back, and removes all but the newest two.
-        Sharded tensors are made whole, one part at a time, in the first process."""
-        begun = time.monotonic()
+    def checkpoint(self, iteration, networks, optimizers):
+        """Saves checkpoint-NNNNNN/, what restore() puts back, where one is due: at every
+        checkpoint_every iterations, at the last one, and when a process was asked to stop. Then
+        the run ends here."""
+        last = iteration == self.settings["iterations"]
+        stop = any_process(self.stop)
+        if not (last or stop or iteration % self.settings["checkpoint_every"] == 0):
+            return
 
         def write(folder):
-            digests = {}
+            # Sharded tensors are made whole, one part at a time, in the main process.
             for name, net in networks.items():
-                write_part(folder, name, whole_state(net), digests)
+                state = full_state(net)
+                if is_main():
+                    save_tensors(folder / f"{name}.safetensors", state)
+                del state
             for name, optimizer in optimizers.items():
-                write_part(folder, f"{name}_optimizer",
-                           optimizer_tensors(networks[name], optimizer), digests)
-            if first():
-                write_json(folder / "state.json",
-                           {"format": FORMAT, "iteration": iteration, "parts": digests})
+                state = optimizer_state(networks[name], optimizer)
+                if is_main():
+                    save_tensors(folder / f"{name}_optimizer.safetensors", state)
+                del state
 
-        # A function of its own, so that a part is freed before the next one is gathered.
-        def write_part(folder, name, tensors, digests):
-            if first():
-                save_tensors(folder / f"{name}.safetensors", tensors)
-                digests[name] = digest(tensors)
-
-        if first():
+        if is_main():
             save_whole(self.folder / f"checkpoint-{iteration:06d}", write)
             for old in checkpoints(self.folder)[:-KEEP]:
                 shutil.rmtree(old)
+            draw_curves(self.folder)
         else:
             write(None)                                   # gives its pieces, writes nothing
         any_process(False)
-        self.saved_at = time.monotonic()
-        self.save_seconds = self.saved_at - begun
+        if stop and not last:
+            print(f"\nstopped after iteration {iteration}, saved; run the same command again to "
+                  "go on")
+            raise SystemExit(130)
+
+    def finish(self):
+        """Notes in settings.json how many iterations the result in student/ has."""
+        self.result = self.settings["iterations"]
+        if is_main():
+            self._write_settings()
+
+
+def newest_student(folder):
+    """Where a run's newest student lies: student/ or, while it trains, the newest checkpoint."""
+    # A run that was finished and then given more iterations has both.
+    saved = checkpoints(folder)
+    if saved and iteration_of(saved[-1]) > read_settings(folder)["finished"]:
+        return saved[-1]
+    if not (Path(folder) / "student").is_dir():
+        raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
+    return Path(folder) / "student"
+
+
+def draw_curves(folder):
+    """Draws each quantity of a run's metrics.jsonl over the iterations, curves.png; nothing where
+    matplotlib is not installed."""
+    with contextlib.suppress(ImportError):
+        from matplotlib.figure import Figure
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        names = [name for name in {name: 0 for line in lines for name in line}
+                 if name not in ("iteration", "seconds")]
+        figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+        for place, name in enumerate(names, 1):
+            points = [(line["iteration"], line[name]) for line in lines if name in line]
+            axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place, title=name)
+            axes.plot(*np.array(points, float).T)         # null, where nothing was drawn, is a gap
+        replace_file(folder / "curves.png", lambda new: figure.savefig(new, format="png"))

@@ -23,28 +23,22 @@ Dimension key: B batch, C latent channels, H W latent size, N student steps. Lat
 """
 
 import dataclasses
-import functools
-import hashlib
+import itertools
 import time
 from pathlib import Path
 
+from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, fill_in,
+                 micro_batches, my_rows, option, parse_settings, rng)
+
 import torch
-from tqdm import tqdm
 
-from tools.settings import (CommonSettings, UserError, check_batch, command, fill_in, option,
-                            parse_settings)
-from tools.processes import adamw, clip_and_step, first, join_processes, micro_batches, share
-from run import Run, rng
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
-                    importance_curve, renoise, window, x0_from_velocity)
-from model import (Decoder, Prompts, base_content, check_base, choose_prompts, draw_pool,
-                   find_preset, frozen_dtype, load_transformer, pick_device, place,
-                   save_transformer, vae_factor, velocity)
-from sampler import (Gallery, guidance_rule, guided_velocity, image_noise, keep_recipe, recipe_of,
-                     roll_out, sigma_grid)
-from tools.curves import draw as draw_curves
+                    importance_curve, judged_between, renoise, step_end, x0_from_velocity)
+from model import (Decoder, Prompts, check_base, choose_prompts, cost, find_preset,
+                   load_transformer, pick_device, place, save_transformer, velocity)
+from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid
 
-# ================================================================== settings and recipes
+# ================================================================== settings
 
 LOSSES = {"ours": dmd_loss, "official": dmd_loss_official}     # --loss; a further one goes here
 
@@ -71,18 +65,18 @@ class Settings(CommonSettings):
     # optimisation
     iterations: int = option(None, "iterations", low=1, high=999_999)
     batch_size: int = option(None, "global batch B", low=1, high=65536)
-    student_lr: float = option(None, "learning rate of the student", above=0, high=1)
-    fake_lr: float = option(None, "learning rate of the fake score", above=0, high=1)
+    student_lr: float = option(None, "learning rate of the student", low=0, high=1)
+    fake_lr: float = option(None, "learning rate of the fake score", low=0, high=1)
 
 
-# Two recipes, side by side. Every option above whose default is None takes its value from here.
+# Every option above whose default is None takes its value from here.
 TINY = dict(                    # [ours] all by trial, so that a laptop does it in two minutes
     iterations=220,
     batch_size=32,
     student_lr=1e-4,
     fake_lr=4e-4,
     alpha=0.94,
-    guidance=4.0,               # amplifies a caption's usual scene as w = 7 does for real models
+    guidance=4.0,               # enough to amplify a caption's usual scene
     pool=24,                    # all captions of the miniature world
     checkpoint_every=100,
     sample_every=50,
@@ -95,7 +89,7 @@ SD3 = dict(
     alpha=0.94,                 # [paper, second hand]; [official] 0.96
     guidance=7.0,               # [official]; [paper, second hand] too
     pool=2048,                  # [ours] 2.7 MB of host memory each; [official] 100 000
-    checkpoint_every=None,      # [ours] by time (run.Run.due); [official] 50
+    checkpoint_every=50,        # [official]
     sample_every=50,            # [ours]
 )
 BETAS = (0.0, 0.999)            # [official]; [paper, second hand] too
@@ -105,43 +99,48 @@ CLIP_FAKE = 1.0                 # [official]
 
 
 def resolve(settings):
-    """Fills in what was not given, checks what belongs together, before anything is loaded. Returns
-    the preset, the shape [C, H, W] of a latent and the texts of the prompts."""
+    """Fills in what was not given and checks what belongs together, before anything is loaded.
+    Returns the preset, the transformer's config, the latent shape [C, H, W] and the prompts."""
     preset = find_preset(settings.model)
     fill_in(settings, TINY if preset.captions == "tiny" else SD3)
     settings.model = preset.name                                # a folder's whole path
     settings.out = settings.out or f"runs/{Path(preset.name).name}-stage1"
-    check_batch(settings)
+    settings.check_batch()
     pick_device(preset, settings.device)                        # refuses one that is not there
-    texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
-    if settings.dry_run and preset.architecture:                # planned without a download
-        config, factor = preset.architecture, 8
-    else:
-        config, factor = check_base(preset), vae_factor(preset)
+    texts = choose_prompts(preset, settings.prompts, None, settings.pool, settings.seed)
+    config, factor = check_base(preset, offline=settings.dry_run)
     side = config["sample_size"]
     if settings.resolution:
+        side = settings.resolution // factor
         unit = factor * config["patch_size"]                    # pixels of an image token's side
         largest = unit * config["pos_embed_max_size"]
         if settings.resolution % unit or settings.resolution > largest:
             raise UserError(f"--resolution {settings.resolution} is not a multiple of {unit} up to "
                             f"{largest}")
-        side = settings.resolution // factor
-    return preset, (config["in_channels"], side, side), texts
+    return preset, config, [config["in_channels"], side, side], texts
 
 
-# ================================================================== the two turns of an iteration
+# ================================================================== an iteration
 
-def fake_score_turn(fake_score, batch, sigmas, form):
+@torch.no_grad()
+def student_path(student, noise, prompt, sigmas):
+    """The roll-out: the student's own path from noise [B, C, H, W], without gradient. Returns its
+    latents [N + 1, B, C, H, W] and velocities [N, B, C, H, W] (paper, Stage I)."""
+    # Training happens on the latents that the student meets itself, not on noised data: there are
+    # no data here, and its own mistakes are what it has to learn from.
+    latents, velocities, _ = roll_out(student, noise, prompt, sigmas)
+    return torch.stack(latents), torch.stack(velocities)
+
+
+def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     """The fake score's loss, a scalar (paper, Stage I): flow matching on the student's samples.
 
-    batch holds what draw_batch drew and the student's path (add_path: without gradient); sigmas
-    [N + 1] are the path's levels.
+    draws are draw_batch's, path is student_path's, sigmas [N + 1] are the path's levels.
     """
-    prompt, sigma = (batch["embeds"], batch["pooled"]), batch["sigma_fake"]
-    k = batch["k_fake"]                                         # B, each sample's own step
-    x_k = at_step(batch["latents"], k)                          # B×C×H×W
-    v_k = at_step(batch["velocities"], k)                       # B×C×H×W
-    _, sigma_end = window(k, sigmas, form)                      # B
+    latents, velocities = path
+    k, sigma = draws["k_fake"], draws["sigma_fake"]             # B each: a step, a level
+    x_k, v_k = at_step(latents, k), at_step(velocities, k)      # B×C×H×W each
+    sigma_end = step_end(k, sigmas, form)                       # B
 
     # The student's answer at step k is the guess x̂0. Its sample at the end of the step, σ_k+1, lies
     # on the line from x_k to x̂0.
@@ -151,34 +150,35 @@ def fake_score_turn(fake_score, batch, sigmas, form):
     # x̂0 from 0, as in the paper's figure (deviation 2): the sample that the next step starts from
     # is p, which still holds noise, so p is what has to be right. (In the last step σ_k+1 is 0 and
     # p is x̂0; with --form x0 that is so in every step.)
-    x = renoise(p, sigma_end, sigma, batch["noise_fake"])
+    x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
     # The fake score learns which velocity leads from there to x̂0. So it comes to know where the
     # student goes from each noise level, as the teacher knows it of real pictures.
-    # It is never guided [official]: it shall describe the student's samples as they are.
-    v = velocity(fake_score, x, sigma, prompt)
+    # It is never guided [official]: it must describe the student's samples as they are.
+    v, _ = velocity(fake_score, x, sigma, prompt)
     return fake_score_loss(v, x, x0, sigma)
 
 
-def student_turn(student, teacher, fake_score, batch, uncond, sigmas, settings):
+def student_turn(student, teacher, fake_score, draws, path, prompt, uncond, sigmas, settings):
     """The student's loss, a scalar, and the gap |v_teacher − v_fake| of each sample, [B] (paper,
-    Stage I). batch as in fake_score_turn; uncond is the empty prompt B times."""
-    prompt, sigma = (batch["embeds"], batch["pooled"]), batch["sigma_student"]
-    k = batch["k_student"]                                      # B, drawn independently [official]
-    x_k = at_step(batch["latents"], k)                          # B×C×H×W
-    _, sigma_end = window(k, sigmas, settings.form)             # B
+    Stage I). draws and path as in fake_score_turn; uncond is the empty prompt B times."""
+    latents, _ = path
+    k, sigma = draws["k_student"], draws["sigma_student"]       # B each, drawn anew [official]
+    x_k = at_step(latents, k)                                   # B×C×H×W
+    sigma_end = step_end(k, sigmas, settings.form)              # B
 
     # The student's step k once more, this time with gradient: p is its sample at σ_k+1.
-    v = velocity(student, x_k, sigmas[k], prompt)
+    v, _ = velocity(student, x_k, sigmas[k], prompt)
     p = euler(x_k, v, sigmas[k], sigma_end)                     # B×C×H×W
 
     # Two networks judge the same re-noised sample, without gradient. p is re-noised as above, from
-    # its own level. Then each takes one step from σ back to σ_k+1. p_teacher is where it would go
-    # if it came from a real picture, p_fake where it would go if it came from the student.
+    # its own level. Then each network takes one step from σ back to σ_k+1: p_teacher is where the
+    # re-noised sample would go if it came from a real picture, p_fake where it would go if it came
+    # from the student.
     with torch.no_grad():
-        x = renoise(p, sigma_end, sigma, batch["noise_student"])
+        x = renoise(p, sigma_end, sigma, draws["noise_student"].to(p.device))
         v_teacher = guided_velocity(teacher, x, sigma, prompt, uncond, settings.guidance,
                                     settings.alpha)             # Eq. 4: no guidance where σ > α
-        v_fake = velocity(fake_score, x, sigma, prompt)
+        v_fake, _ = velocity(fake_score, x, sigma, prompt)
         p_teacher = euler(x, v_teacher, sigma, sigma_end)
         p_fake = euler(x, v_fake, sigma, sigma_end)
         gap = (v_teacher - v_fake).abs().mean((1, 2, 3))        # B
@@ -189,73 +189,69 @@ def student_turn(student, teacher, fake_score, batch, uncond, sigmas, settings):
 
 def at_step(path, k):
     """Each sample's entry at its own step: path [steps, B, C, H, W], k [B] → [B, C, H, W]."""
-    return path[k, torch.arange(len(k), device=path.device)]
+    return path[k, torch.arange(len(k))]
 
 
 def draw_batch(i, settings, shape, sigmas, texts):
-    """Everything random of iteration i, on the CPU: {name: tensor [B, ...]}, of which each process
-    gets its share.
+    """Everything random of iteration i, on the CPU, {name: tensor [B, ...]}: this process's rows of
+    the global batch.
 
     It depends on (seed, i) alone. So a resumed run, another device and another number of processes
     see the same numbers.
     """
     B, N = settings.batch_size, settings.steps
     g = rng(settings.seed, i, "train")
-    batch = {}
+    draws = {}
     # Which step the fake score looks at (uniformly), and to which level its sample is re-noised:
     # uniformly over the grid inside the window [official].
     k = torch.randint(N, (B,), generator=g)
-    batch["k_fake"] = k
-    batch["sigma_fake"] = draw_sigma(torch.rand(B, generator=g), *window(k, sigmas, settings.form),
+    draws["k_fake"] = k
+    draws["sigma_fake"] = draw_sigma(torch.rand(B, generator=g),
+                                     *judged_between(k, sigmas, settings.form),
                                      importance_curve("uniform"))
     # The same for the student, drawn independently, its level by the importance curve [official].
     k = torch.randint(N, (B,), generator=g)
-    batch["k_student"] = k
-    batch["sigma_student"] = draw_sigma(torch.rand(B, generator=g),
-                                        *window(k, sigmas, settings.form),
+    draws["k_student"] = k
+    draws["sigma_student"] = draw_sigma(torch.rand(B, generator=g),
+                                        *judged_between(k, sigmas, settings.form),
                                         importance_curve(settings.importance))
     # The prompts, from a generator of their own: draws that a fork adds above do not shift them.
-    batch["prompt"] = torch.randint(len(texts), (B,), generator=rng(settings.seed, i, "prompts"))
-    batch = {name: share(values) for name, values in batch.items()}
+    draws["prompt"] = torch.randint(len(texts), (B,), generator=rng(settings.seed, i, "prompts"))
+    draws = {name: my_rows(values) for name, values in draws.items()}
     # The noises: where the roll-out starts, and with what the two turns re-noise. They are large,
     # so a process draws only its own. A sample's number in the run decides its noises.
-    numbers = share(torch.arange(i * B, (i + 1) * B))
+    numbers = my_rows(torch.arange(i * B, (i + 1) * B))
     for name in ("noise", "noise_fake", "noise_student"):       # each B×C×H×W
-        batch[name] = image_noise(settings.seed, numbers, shape, f"stage 1 {name}")
-    return batch
+        draws[name] = image_noise(settings.seed, numbers, shape, f"stage 1 {name}")
+    return draws
 
 
 # ================================================================== the script
 
-@functools.partial(command, several=True)
+@command
 def main(argv):
     settings = parse_settings(Settings, argv, "train_stage1.py", __doc__.split("\n\n")[0])
-    preset, shape, texts = resolve(settings)
-    resolved = dataclasses.asdict(settings)
-    print("\n".join(f"  {name:24}{value}" for name, value in resolved.items()))
+    preset, config, shape, texts = resolve(settings)
+    print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
     if settings.dry_run:
-        from tools.plan import plan
-        print(plan(1, preset, settings, shape))
+        # Roll-out N, fake score and student 3 each (a backward pass counts two), teacher 2, fake
+        # score 1.
+        print(cost(preset, config, shape, learning=2, frozen=1, samples=settings.batch_size,
+                   passes=settings.steps + 9))
         return
     device = pick_device(preset, settings.device)
-    join_processes(device)
-    resolved["device"] = str(device)
-    # What a resumed run must find again, though it may lie elsewhere.
-    resolved["model_content"] = base_content(preset)
-    resolved["guidance_rule"] = guidance_rule(settings.guidance, settings.alpha)
-    resolved["prompts_content"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    run = Run(settings.out, resolved, settings.overwrite)
-    if run.finished(settings.iterations):
+    run = Run(settings.out, {"stage": 1, **vars(settings), "latent_shape": shape}, device,
+              settings.overwrite)
+    if run.finished():
         return
 
     # ------------------------------------------------------------- three networks, one base
-    prompts = Prompts(preset, texts, device, run.folder.parent)     # frees the text encoders again
-    # place() moves a network to its device. Of several processes only the first reads the weights
-    # (everywhere=False), and place() spreads them over all.
-    teacher = place(load_transformer(preset, frozen_dtype(device), everywhere=False), device,
+    prompts = Prompts(preset, texts, device, [run.folder])      # frees the text encoders again
+    # place() moves a network to its device; several processes share it in pieces (spread).
+    teacher = place(load_transformer(preset, frozen_on=device, spread=True), device,
                     settings.compile)
-    student = place(load_transformer(preset, everywhere=False), device, settings.compile)
-    fake_score = place(load_transformer(preset, everywhere=False), device, settings.compile)
+    student = place(load_transformer(preset, spread=True), device, settings.compile)
+    fake_score = place(load_transformer(preset, spread=True), device, settings.compile)
     teacher.requires_grad_(False)
     decode = Decoder(preset, device)                            # for the sample grids only
     if settings.gradient_checkpointing:
@@ -264,103 +260,78 @@ def main(argv):
     networks = {"student": student, "fake_score": fake_score}
     optimizers = {"student": adamw(student, settings.student_lr, BETAS, WEIGHT_DECAY),
                   "fake_score": adamw(fake_score, settings.fake_lr, BETAS, WEIGHT_DECAY)}
-
     start = run.restore(networks, optimizers)                   # 0, or where a run was interrupted
-    recipe = recipe_of(preset, 1, settings.steps, settings.alpha, settings.guidance, shape,
-                       settings.resolution)
-    keep_recipe(run.folder, recipe)
-    sigmas_cpu = sigma_grid(settings.steps)                     # N + 1 levels, 1 … 0
-    sigmas = sigmas_cpu.to(device)                              # the same where the networks are
+    sigmas = sigma_grid(settings.steps)                         # N + 1 levels, 1 … 0
     gallery = Gallery(preset, prompts)
 
     # ------------------------------------------------------------- train
     begun = time.perf_counter()
-    bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
-               desc="stage 1", disable=not first())
+    bar = run.bar(start, "stage 1")
     for i in bar:
-        batch = draw_batch(i, settings, shape, sigmas_cpu, texts)
-        # Micro-batches; usually there is one. A part also keeps its path, losses and gap, for
-        # measure() below.
-        parts = load_batch(batch, prompts, device, settings.accumulation)
+        # What is drawn, in micro-batches; usually there is one.
+        draws = draw_batch(i, settings, shape, sigmas, texts)
+        parts = micro_batches(draws, settings.accumulation)
+        paths, losses_fake, losses_student, gaps = [], [], [], []
 
-        # ---- 1. roll out: the student's own path, kept in the part, for both turns
+        # ---- 1. roll out: the student's own path, for both turns
         #      2. the fake score follows it
         for part in parts:
-            add_path(part, student, sigmas)
-            loss = fake_score_turn(fake_score, part, sigmas, settings.form)
+            prompt = prompts.take(part["prompt"])
+            path = student_path(student, part["noise"].to(device), prompt, sigmas)
+            loss = fake_score_turn(fake_score, part, path, prompt, sigmas, settings.form)
             (loss / len(parts)).backward()                      # mean of parts = mean of the batch
-            part["loss_fake"] = loss.detach()
+            paths.append(path)
+            losses_fake.append(loss.detach())
         norm_fake = clip_and_step([optimizers["fake_score"]], CLIP_FAKE)
 
         # ---- 3. the student moves along teacher minus fake score
-        for part in parts:
-            uncond = prompts.uncond(len(part["noise"]))
-            loss, part["gap"] = student_turn(student, teacher, fake_score, part, uncond, sigmas,
-                                             settings)
+        for part, path in zip(parts, paths, strict=True):
+            prompt, uncond = prompts.take(part["prompt"]), prompts.uncond(len(part["prompt"]))
+            loss, gap = student_turn(student, teacher, fake_score, part, path, prompt, uncond,
+                                     sigmas, settings)
             (loss / len(parts)).backward()
-            part["loss_student"] = loss.detach()
+            losses_student.append(loss.detach())
+            gaps.append(gap)
         norm_student = clip_and_step([optimizers["student"]], CLIP_STUDENT)
 
         # ---- log, show, save
         done = i + 1
         last = done == settings.iterations
-        stop = run.stopping()                                   # Ctrl-C, in any process
         run.check_finite(done, fake_score=norm_fake, student=norm_student)
         if done % settings.log_every == 0 or last:
-            metrics = measure(parts)
-            metrics["grad_norm_fake"], metrics["grad_norm_student"] = norm_fake, norm_student
+            x0 = torch.cat([latents[-1] for latents, _ in paths])         # B×C×H×W
+            metrics = {"loss_fake": torch.stack(losses_fake).mean().item(),
+                       "loss_student": torch.stack(losses_student).mean().item(),
+                       **measure(torch.cat(gaps).cpu(), draws["sigma_student"], x0, sigmas,
+                                 settings.alpha),
+                       "grad_norm_fake": norm_fake, "grad_norm_student": norm_student}
             run.log(done, **metrics, seconds=time.perf_counter() - begun)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN}, refresh=False)
         if done % settings.sample_every == 0 or last:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
                          sigmas)
-            draw_curves(run.folder)                             # where matplotlib is installed
-        if run.due(done, settings.checkpoint_every) or last or stop:
-            run.save(done, networks, optimizers)
-        if stop and not last:
-            bar.close()
-            run.leave(done)
+        run.checkpoint(done, networks, optimizers)              # where due; Ctrl-C ends it here
 
     # ------------------------------------------------------------- the result
     save_transformer(student, run.folder / "student", half=preset.captions != "tiny")
-    keep_recipe(run.folder, recipe, settings.iterations)
-    seconds = time.perf_counter() - begun
-    print(f"{run.folder}/student: {settings.steps} steps, {seconds:.0f} s; "
+    run.finish()
+    print(f"{run.folder}/student: {settings.steps} steps, {time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
 
 
 SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics, in the bar
 
 
-def load_batch(batch, prompts, device, accumulation):
-    """draw_batch's tensors on the device, with the prompts themselves, in micro-batches."""
-    tensors = {name: values.to(device) for name, values in batch.items()}
-    tensors["embeds"], tensors["pooled"] = prompts.take(batch["prompt"])
-    return micro_batches(tensors, accumulation)
-
-
-@torch.no_grad()
-def add_path(part, student, sigmas):
-    """The student's own path from the part's noise, without gradient (paper, Stage I): training
-    happens on the latents that the student meets itself, not on noised data."""
-    prompt = part["embeds"], part["pooled"]
-    latents, velocities, _ = roll_out(student, part["noise"], prompt, sigmas)
-    part["latents"] = torch.stack(latents)                      # N+1×B×C×H×W
-    part["velocities"] = torch.stack(velocities)                # N×B×C×H×W
-
-
-def measure(parts):
-    """What diagnoses a run, of the first process's share (README: what you see while it trains)."""
-    gap = torch.cat([part["gap"] for part in parts])            # B
-    sigma = torch.cat([part["sigma_student"] for part in parts])
-    x0 = torch.cat([part["latents"][-1] for part in parts])     # B×C×H×W
+def measure(gap, sigma, x0, sigmas, alpha):
+    """What diagnoses a run (README: what you see while it trains), of the main process's rows: gap
+    and sigma [B] of the student's turn, x0 [B, C, H, W] the end of its path."""
     metrics = {"gap": gap.mean().item()}
-    for name in ("loss_fake", "loss_student"):
-        metrics[name] = sum(part[name].item() for part in parts) / len(parts)
-    # |v_teacher − v_fake| by re-noise level: above α = 0.94, where nobody is guided, the gap starts
-    # small. 0.75 is where step one ends. A bin that holds no sample is null in the log.
-    for low, high in ((0, 0.5), (0.5, 0.75), (0.75, 0.94), (0.94, 1)):
-        metrics[f"gap_{low}_{high}"] = gap[(sigma > low) & (sigma <= high)].mean().item()
+    # |v_teacher − v_fake| by re-noise level: above α, where nobody is guided, the gap starts small.
+    # The other edges are the ends of the steps. A bin that holds no sample is null in the log.
+    edges = sorted({0.0, 0.5, alpha, 1.0, *sigmas.tolist()})
+    for low, high in itertools.pairwise(edges):
+        inside = (sigma > low) & (sigma <= high)
+        metrics[f"gap_{low:g}_{high:g}"] = gap[inside].mean().item()
     metrics["x0_mean"] = x0.mean().item()
     metrics["x0_std"] = x0.std().item()                         # the data's is 1
     metrics["saturation"] = (x0.abs() > 4).float().mean().item()

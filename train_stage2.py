@@ -7,48 +7,39 @@
 Step one runs in full and without gradient; it records Δ0 (cache.py). Step two skips the cached
 blocks, adds f(Δ0) in their place, and is the one that learns: student and f together, against a
 discriminator that looks at decoded pictures (paper, Stage II and cache figure; official
-train_stage2). What it calls real are references: synthetic pictures of the same prompt and noise,
-so no outside image is needed. The order of the script:
+train_stage2). Its real examples are references: synthetic pictures of the same prompt and noise, so
+no outside image is needed. The order of the script:
   1. references   made once, by the teacher
-  2. turns        0 to 50 are the discriminator D's; then every third one, 51, 54, 57, 60 …, is the
-                  generator G's; an iteration is one turn, as in the official code
-  warm-up         G's early turns move f alone, its later ones student and f
-Gradient: in D's turns it reaches D's heads alone. In G's it flows from the heads back through the
-frozen backbone and the frozen VAE into step two, that is into f and the blocks that ran there; not
-into the skipped blocks, Δ0 or step one.
+  2. turns        0 to 50 are the discriminator's; then every third one, 51, 54, 57, 60 …, is the
+                  generator's; an iteration is one turn, as in the official code
+  warm-up         the generator's early turns move f alone, its later ones student and f
+Gradient: in the discriminator's turns it reaches its heads alone. In the generator's it flows from
+the heads back through the frozen backbone and the frozen VAE into step two, that is into f and the
+blocks that ran there; not into the skipped blocks, Δ0 or step one.
 
 Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],
-pictures [B, 3, 8H, 8W] (tiny: 4H, 4W) in [0, 1].
+pictures [B, 3, 8H, 8W] (tiny: 4H, 4W) in [0, 1]. D and G: discriminator and generator.
 """
 
 import dataclasses
-import functools
-import hashlib
 import time
 from pathlib import Path
+
+from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, fill_in, gather,
+                 micro_batches, my_rows, option, parse_settings, read_settings, rng)
 
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from tools.settings import (CommonSettings, UserError, check_batch, command, fill_in, option,
-                            parse_settings)
-from tools.processes import (adamw, clip_and_step, first, join_processes, micro_batches, share,
-                             share_of)
-from run import Run, content_of, rng, save_tensors
 from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss
-from model import (Decoder, Discriminator, Prompts, add_lora, base_config, base_content,
-                   check_base, choose_prompts, draw_pool, empty_transformer, find_preset,
-                   frozen_dtype, load_transformer, lora_base_dtype, not_shadowed, parse_span,
-                   pick_device, place, save_transformer)
-from sampler import (Gallery, cached_velocity, check_same_base, few_step_config, guidance_rule,
-                     image_noise, keep_recipe, load_few_step, load_scheduler, load_student,
-                     read_recipe, recipe_of, roll_out, sample_guided, sigma_grid, student_content,
-                     teacher_sigmas)
-from tools.curves import draw as draw_curves
+from model import (Decoder, Discriminator, Prompts, add_lora, check_base, choose_prompts, cost,
+                   find_preset, load_student, load_transformer, parse_span, pick_device, place,
+                   save_transformer, velocity)
+from sampler import Gallery, image_noise, roll_out, sample_guided, sigma_grid, teacher_sigmas
 
-# ================================================================== settings and recipes
+# ================================================================== settings
 
 @dataclasses.dataclass
 class Settings(CommonSettings):
@@ -60,26 +51,26 @@ class Settings(CommonSettings):
     # the method
     cached_blocks: str = option(None, "span of skipped blocks, first-last, or none")
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
-    warmup: int = option(None, "iterations in which G's turns move f alone", low=0)
-    reference: str = option("teacher", "who makes the references: the teacher guided with alpha "
-                            "[ours], a Stage I run with more steps [official: 4], or a few-step "
-                            "SD3 transformer of others, a folder or hub id")
-    reference_steps: int = option(4, "its steps, where it is no run of ours", low=1, high=100)
+    warmup: int = option(None, "iterations in which G's turns move f alone",
+                         low=0, high=999_999)
+    reference: str = option("teacher", "who makes the references: the teacher, guided with alpha "
+                            "[ours], or a Stage I run with more steps [official: 4]")
     references: int = option(768, "reference pictures R, made once and kept [ours]",
                              low=1, high=10**7)
+    references_from: str = option(None, "Stage II run whose references are taken")
     lora_rank: int = option(None, "train LoRA of this rank, merged at the end [official 64]; "
                             "without it all weights", low=1, high=4096)
     # optimisation
     iterations: int = option(None, "turns, D's and G's together", low=0, high=999_999)
     batch_size: int = option(None, "global batch B", low=1, high=65536)
-    student_lr: float = option(None, "learning rate of the student", above=0, high=1)
-    compensation_lr: float = option(None, "learning rate of f", above=0, high=1)
-    discriminator_lr: float = option(None, "learning rate of the heads", above=0, high=1)
+    student_lr: float = option(None, "learning rate of the student", low=0, high=1)
+    compensation_lr: float = option(None, "learning rate of f", low=0, high=1)
+    discriminator_lr: float = option(None, "learning rate of the heads", low=0, high=1)
     discriminator: str = option(None, "its frozen backbone: folder or hub id of a ConvNeXtV2")
 
 
-# Two recipes, side by side. Every option above whose default is None takes its value from here; the
-# span belongs to the base model (model.PRESETS).
+# Every option above whose default is None takes its value from here; the span belongs to the base
+# model (model.PRESETS).
 TINY = dict(                    # [ours] all by trial, so that a laptop does it in three minutes
     iterations=700,
     batch_size=32,
@@ -99,7 +90,7 @@ SD3 = dict(
     discriminator_lr=1e-5,      # [official]
     warmup=500,                 # [paper, second hand]; [official] 1000
     pool=2048,                  # [ours] 2.7 MB of host memory each; [official] 100 000
-    checkpoint_every=None,      # [ours] by time (run.Run.due); [official] 100
+    checkpoint_every=100,       # [official]
     sample_every=200,           # [ours]
 )
 BETAS = (0.9, 0.95)             # [official] all three; [paper, second hand] too
@@ -120,16 +111,13 @@ def turn_of(i):
 
 
 def resolve(settings):
-    """Fills in what was not given, checks what belongs together, before anything is loaded. Returns
-    the preset, the recipe of the Stage I run, the span (n, m) or None, and the texts of the
-    prompts.
-    """
+    """Fills in what was not given and checks what belongs together, before anything is loaded.
+    Returns the preset, the transformer's config, the settings of the Stage I run, the span (n, m)
+    or None, and the prompts."""
     preset = find_preset(settings.model)
     fill_in(settings, TINY if preset.captions == "tiny" else SD3)
     fill_in(settings, {"cached_blocks": preset.cached_blocks})
-    if settings.discriminator is None:
-        not_shadowed(preset.discriminator, "--discriminator")
-    else:
+    if settings.discriminator:
         preset = dataclasses.replace(preset, discriminator=settings.discriminator)
     settings.model = preset.name                          # a folder's whole path
     short = Path(preset.name).name
@@ -137,42 +125,42 @@ def resolve(settings):
     settings.out = settings.out or f"runs/{short}-stage2"
     if settings.cached_blocks == "none" or settings.no_compensation:
         settings.warmup = 0                               # there is no f to warm up
-    check_batch(settings)
+    settings.check_batch()
     pick_device(preset, settings.device)                  # refuses one that is not there
-    texts = draw_pool(choose_prompts(preset, settings.prompts), settings.pool, settings.seed)
+    texts = choose_prompts(preset, settings.prompts, None, settings.pool, settings.seed)
+    config, _ = check_base(preset, offline=settings.dry_run)
 
-    # Where to start: a finished Stage I run of the same base model.
-    planned = settings.dry_run and preset.architecture    # planned without a download
-    config = preset.architecture if planned else check_base(preset)
-    if settings.dry_run and not Path(settings.init).exists():   # ... and before Stage I has run
+    # Where to start: a Stage I run of the same base model.
+    if settings.dry_run and not Path(settings.init).exists():   # before Stage I has run
         side = config["sample_size"]
-        init = {"base": preset.name, "stage": 1, "steps": 2,
+        init = {"stage": 1, "model": preset.name, "steps": 2,
                 "latent_shape": [config["in_channels"], side, side]}
     else:
-        init = read_recipe(settings.init)
-    check_same_base(settings.init, init, preset)
-    if init["stage"] != 1:
-        raise UserError(f"{settings.init} is a run of Stage {init['stage']}; --init takes one of "
-                        "Stage I")
+        init = read_settings(settings.init)
+    if init["stage"] != 1 or init["model"] != preset.name:
+        raise UserError(f"{settings.init} is a run of Stage {init['stage']} from {init['model']}; "
+                        f"--init takes one of Stage I from {preset.name}")
     # Who makes the references must be better than the student, or D teaches nothing new.
-    if is_run(settings.reference):
-        other = read_recipe(settings.reference)
-        if other["steps"] <= init["steps"]:
-            raise UserError(f"--reference {settings.reference} has no more steps than --init "
-                            f"{settings.init}; references must be better than the student")
-        keys = ("base", "base_content", "latent_shape")
-        if [other.get(key) for key in keys] != [init.get(key) for key in keys]:
-            raise UserError(f"--reference {settings.reference} has another base model or picture "
-                            f"size than --init {settings.init}")
-    elif settings.reference != "teacher":
-        few_step_config(settings.reference, preset)       # refuses what does not fit the base
+    if settings.reference != "teacher":
+        other = read_settings(settings.reference)
+        if other["steps"] <= init["steps"] or [other["model"], other["latent_shape"]] != [
+                init["model"], init["latent_shape"]]:
+            raise UserError(f"--reference {settings.reference} needs more steps than --init "
+                            f"{settings.init}, and the same base model and picture size")
+    # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
+    if settings.references_from:
+        other, own = read_settings(settings.references_from), {**init, **vars(settings)}
+        for name in ("model", "prompts", "pool", "seed", "references", "latent_shape"):
+            if other.get(name) != own[name]:
+                raise UserError(f"--references-from {settings.references_from} has another {name}: "
+                                f"{other.get(name)}, not {own[name]}")
     # Which blocks step two skips.
     if settings.cached_blocks == "none":
-        return preset, init, None, texts
+        return preset, config, init, None, texts
     if init["steps"] < 2:
         raise UserError(f"{settings.init} has one step; a cache needs a second one: "
                         "--cached-blocks none")
-    return preset, init, parse_span(settings.cached_blocks, config["num_layers"]), texts
+    return preset, config, init, parse_span(settings.cached_blocks, config["num_layers"]), texts
 
 
 # ================================================================== the two kinds of turns
@@ -184,7 +172,7 @@ def last_step(student, x, prompt, sigmas, span, delta, f):
     student were trained on full steps, it would first meet f's errors at inference.
     """
     sigma, sigma_end = sigmas[-2].item(), sigmas[-1].item()               # of two steps: 0.75, 0
-    v, _ = cached_velocity(student, x, sigma, prompt, span, delta, f)
+    v, _ = velocity(student, x, sigma, prompt, span, delta, f)
     return euler(x, v, sigma, sigma_end)
 
 
@@ -192,8 +180,8 @@ def discriminator_turn(discriminator, picture, reference):
     """The discriminator's loss, a scalar, and how often it ranks a reference above a picture
     (paper, Stage II). picture and reference are [B, 3, 8H, 8W], without gradient: only the heads
     learn here."""
-    # One pass for both, so that both are judged by the same weights: spectral norms change a little
-    # with every pass in train mode.
+    # One pass for both, so that both are judged by the same weights: in train mode the power
+    # iteration of a spectral norm takes one step with every pass.
     logits = discriminator(torch.cat([reference, picture]))               # heads × [2B, places]
     of_reference = [head[:len(reference)] for head in logits]
     of_picture = [head[len(reference):] for head in logits]
@@ -213,15 +201,15 @@ def generator_turn(discriminator, decode, latents):
     return generator_loss(discriminator(picture))
 
 
-def draw_batch(i, settings, chosen, texts):
+def draw_batch(i, settings, reference_prompts, texts):
     """Which noises and prompts iteration i takes, as indices {"noise": [B], "prompt": [B]}, for the
-    whole batch. They depend on (seed, i) alone. chosen [R] are the references' prompts."""
+    whole batch. They depend on (seed, i) alone. reference_prompts [R] are the references'."""
     B, R = settings.batch_size, settings.references
     g = rng(settings.seed, i, "batch")
     if turn_of(i) == "discriminator":
         # Noises 0 … R − 1 have a reference picture: same prompt, same noise (official).
         noise = torch.randint(R, (B,), generator=g)
-        return {"noise": noise, "prompt": chosen[noise]}
+        return {"noise": noise, "prompt": reference_prompts[noise]}
     # The generator needs no reference. It takes fresh noises, a new one each time, or student and f
     # would learn the R pairs by heart.
     noise = torch.arange(R + i * B, R + (i + 1) * B)
@@ -230,9 +218,24 @@ def draw_batch(i, settings, chosen, texts):
 
 # ================================================================== references, made once
 
-def make_references(folder, settings, preset, init, prompts, chosen, decode, run):
-    """The reference pictures, uint8 [R, 3, 8H, 8W], of training noises 0 … R − 1 (deviation 10).
-    Made once and kept in the folder, batch by batch: after a kill the rest is made.
+def find_references(run, settings, preset, init, prompts, reference_prompts, decode):
+    """The reference pictures, uint8 [R, 3, 8H, 8W]: the run's own, another run's, or made now."""
+    file = run.folder / "references.safetensors"
+    if file.exists():
+        return load_file(file)["pictures"]
+    if settings.references_from:
+        other = Path(settings.references_from) / "references.safetensors"
+        pictures = load_file(other)["pictures"]
+    else:
+        pictures = gather(make_references(settings, preset, init, prompts, reference_prompts,
+                                          decode))
+    run.save("references", {"pictures": pictures})
+    return pictures
+
+
+def make_references(settings, preset, init, prompts, reference_prompts, decode):
+    """This process's rows of the reference pictures, uint8 [R, 3, 8H, 8W], of training noises
+    0 … R − 1 (deviation 10).
 
     The official code makes them anew in every iteration, by a 4-step student that was not released.
     Here the teacher makes them once, with its 28 steps, guided with α as in Stage I: both stages
@@ -240,105 +243,58 @@ def make_references(folder, settings, preset, init, prompts, chosen, decode, run
     the student ten points of accuracy, those guided at all levels a little variety.)
     """
     device, shape = prompts.device, init["latent_shape"]
-    maker = None                                          # loaded when a batch is missing
-    batches = torch.arange(settings.references).split(128 if preset.captions == "tiny" else 4)
-    files = [folder / f"pictures-{batch[0]:06d}.safetensors" for batch in batches]
-    # Not sharded: each process makes its share of the batches without waiting for the others.
-    for j in tqdm(share_of(range(len(files))), desc="references", disable=not first()):
-        if files[j].exists():
-            continue
-        if run.interrupted:
-            raise KeyboardInterrupt
-        if maker is None:
-            maker, grid, w = reference_maker(settings, preset, init, device)
+    if settings.reference == "teacher":
+        maker = load_transformer(preset, frozen_on=device).to(device)
+        sigmas, w = teacher_sigmas(preset), init["guidance"]
+    else:                                                 # a student has learnt its guidance
+        other = read_settings(settings.reference)
+        maker, _, _ = load_student(settings.reference, other, preset, device)
+        sigmas, w = sigma_grid(other["steps"]), 1.0
+    # Whole networks here, not sharded: each process makes its rows without waiting for the others.
+    mine = my_rows(torch.arange(settings.references))
+    pictures = []
+    for part in tqdm(mine.split(128 if preset.captions == "tiny" else 4), desc="references"):
         # The noise is the one that the student will start from, as in the official code. So
         # reference and picture usually show the same layout, and what tells them apart is detail.
-        x = image_noise(settings.seed, batches[j], shape, "training").to(device)
-        prompt, uncond = prompts.take(chosen[batches[j]]), prompts.uncond(len(x))
+        x = image_noise(settings.seed, part, shape, "training").to(device)
+        prompt, uncond = prompts.take(reference_prompts[part]), prompts.uncond(len(x))
         with torch.inference_mode():
-            x, _ = sample_guided(maker, x, prompt, uncond, grid, w, init["alpha"])
+            x, _ = sample_guided(maker, x, prompt, uncond, sigmas, w, init["alpha"])
             # Decoded now, one by one: the picture of a 1024² latent costs more than a pass of the
             # transformer, and D looks at each reference about 110 times (miniature: 20). Clamped
             # and 8-bit, as a picture in a file; the student's, which carry gradient, are not.
-            pictures = torch.cat([decode(one) for one in x.split(1)]).clamp(0, 1) * 255
-        save_tensors(files[j], {"pictures": pictures.round().to(torch.uint8)})
-    run.stopping()                                        # asks all processes: all wait here
-    return torch.cat([load_file(file)["pictures"] for file in files])     # R×3×8H×8W
-
-
-def reference_maker(settings, preset, init, device):
-    """(network, sigmas, w) of whoever makes the references (--reference)."""
-    dtype = frozen_dtype(device)
-    if settings.reference == "teacher":
-        grid = teacher_sigmas(load_scheduler(preset))
-        return load_transformer(preset, dtype).to(device), grid, init["guidance"]
-    # A student is not guided: it has learnt its guidance.
-    if is_run(settings.reference):
-        other = read_recipe(settings.reference)
-        student, _, _ = load_student(settings.reference, preset, other, device)
-        return student.to(dtype), sigma_grid(other["steps"]), 1.0
-    student = load_few_step(settings.reference, preset, dtype)
-    return student.to(device), sigma_grid(settings.reference_steps), 1.0
-
-
-def is_run(reference):
-    """Whether --reference names a run folder; else it is the teacher or others' transformer."""
-    return (Path(reference) / "distill.json").exists()
-
-
-def references_folder(settings, preset, init, prompts, resolved):
-    """Where the references lie: beside the run folders, named by all that they depend on, so that
-    runs which differ in something else share them."""
-    # Who makes them, and the VAE that decodes them.
-    about = [resolved["model_content"], content_of(Path(preset.source) / "vae"),
-             resolved.get("reference_content", settings.reference), settings.reference_steps]
-    # Prompts as encoded, noises, size and number; the teacher's guidance, w, α and the rule itself.
-    about += [prompts.content, settings.seed, init["latent_shape"], settings.references,
-              init["alpha"], init["guidance"], resolved["guidance_rule"]]
-    name = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
-    return Path(settings.out).parent / f"references-{name}"
+            decoded = torch.cat([decode(one) for one in x.split(1)]).clamp(0, 1) * 255
+        pictures.append(decoded.round().to(torch.uint8).cpu())
+    return torch.cat(pictures)
 
 
 # ================================================================== the script
 
-@functools.partial(command, several=True)
+@command
 def main(argv):
     settings = parse_settings(Settings, argv, "train_stage2.py", __doc__.split("\n\n")[0])
-    preset, init, span, texts = resolve(settings)
-    resolved = dataclasses.asdict(settings)
-    print("\n".join(f"  {name:24}{value}" for name, value in resolved.items()))
-    shape, steps = init["latent_shape"], init["steps"]
+    preset, config, init, span, texts = resolve(settings)
+    print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
+    steps, shape = init["steps"], init["latent_shape"]
     if settings.dry_run:
-        from tools.plan import plan
-        print(plan(2, preset, settings, shape, steps, span))
+        # The roll-out; every third turn, G's, a backward pass of the last step, which counts two.
+        # The VAE and the discriminator's backbone come on top.
+        last = nfe(2, span, config["num_layers"]) - 1
+        print(cost(preset, config, shape, learning=1, frozen=0, samples=settings.batch_size,
+                   passes=nfe(steps, span, config["num_layers"]) + last * 2 / 3))
         return
     device = pick_device(preset, settings.device)
-    join_processes(device)
-    resolved["device"] = str(device)
-    # What a resumed run must find again, though it may lie elsewhere.
-    resolved["model_content"] = base_content(preset)
-    resolved["guidance_rule"] = guidance_rule(init["guidance"], init["alpha"])
-    resolved["prompts_content"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    resolved["discriminator_content"] = content_of(preset.discriminator)
-    resolved["init_content"] = student_content(settings.init)
-    resolved["started_from"] = [init[name] for name in ("iteration", "alpha", "guidance")]
-    if is_run(settings.reference):
-        resolved["reference_content"] = student_content(settings.reference)
-    elif settings.reference != "teacher":
-        resolved["reference_content"] = content_of(settings.reference, "**/*.safetensors")
-    run = Run(settings.out, resolved, settings.overwrite)
-    if run.finished(settings.iterations):
+    run = Run(settings.out, {"stage": 2, **vars(settings), "latent_shape": shape, "steps": steps,
+                             "alpha": init["alpha"], "guidance": init["guidance"]}, device,
+              settings.overwrite)
+    if run.finished():
         return
 
     # ------------------------------------------------------------- student, f, discriminator
     # No fake score any more, and the teacher only while it makes the references: Stage II needs far
     # less memory than Stage I.
-    prompts = Prompts(preset, texts, device, run.folder.parent)    # frees the text encoders again
-    if first():
-        dtype = lora_base_dtype(device) if settings.lora_rank else torch.float32
-        student, _, _ = load_student(settings.init, preset, init, torch.device("cpu"), dtype)
-    else:                                                 # place() sends the others their pieces
-        student = empty_transformer(base_config(preset))
+    prompts = Prompts(preset, texts, device, [run.folder, settings.init])   # frees the encoders
+    student, _, _ = load_student(settings.init, init, preset, torch.device("cpu"), spread=True)
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
     if span and not settings.no_compensation:
@@ -363,27 +319,23 @@ def main(argv):
     # code.
     generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
     start = run.restore(networks, optimizers)             # 0, or where a run was interrupted
-    recipe = stage2_recipe(settings, preset, init, span, f, len(student.transformer_blocks))
-    keep_recipe(run.folder, recipe)
     sigmas = sigma_grid(steps)                            # 1, 0.75, 0
     gallery = Gallery(preset, prompts)
 
     # ------------------------------------------------------------- references, made once
-    chosen = torch.randint(len(texts), (settings.references,),
-                           generator=rng(settings.seed, "references"))    # R, their prompts
-    folder = references_folder(settings, preset, init, prompts, resolved)
-    references = make_references(folder, settings, preset, init, prompts, chosen, decode,
-                                 run)                                     # R×3×8H×8W, uint8
+    reference_prompts = torch.randint(len(texts), (settings.references,),
+                                      generator=rng(settings.seed, "references"))       # R
+    references = find_references(run, settings, preset, init, prompts, reference_prompts,
+                                 decode)                  # R×3×8H×8W, uint8
 
     # ------------------------------------------------------------- train
     begun = time.perf_counter()
     metrics = {}                                          # since the last line; of the last part
-    bar = tqdm(range(start, settings.iterations), initial=start, total=settings.iterations,
-               desc="stage 2", disable=not first())
+    bar = run.bar(start, "stage 2")
     for i in bar:
         turn = turn_of(i)
-        batch = draw_batch(i, settings, chosen, texts)
-        parts = micro_batches({name: share(numbers) for name, numbers in batch.items()},
+        draws = draw_batch(i, settings, reference_prompts, texts)
+        parts = micro_batches({name: my_rows(numbers) for name, numbers in draws.items()},
                               settings.accumulation)
         for part in parts:
             # ---- 1. the steps before the last, without gradient: the first in full, recording Δ0
@@ -393,8 +345,8 @@ def main(argv):
             with torch.no_grad():
                 latents, _, delta = roll_out(student, noise, prompt, sigmas[:-1], span, f)
             x = latents[-1]                               # B×C×H×W, before the last step
-            # In train mode a pass advances the heads' spectral norms. They shall advance once a
-            # turn, whatever --accumulation is: in the first part alone.
+            # Train mode lets the power iteration of the heads' spectral norms take a step with each
+            # pass. One step a turn, whatever --accumulation is: in the first part alone.
             discriminator.heads.train(part is parts[0])
 
             if turn == "discriminator":
@@ -413,13 +365,12 @@ def main(argv):
 
         # ---- 4. one step of those whose turn it is
         if turn == "discriminator":
-            norm = clip_and_step([optimizers["discriminator"]])
-        elif i < settings.warmup:
+            norm = clip_and_step([optimizers["discriminator"]])           # not clipped [official]
+        else:
             # Warm-up [paper, second hand]: f alone. Otherwise the student would adapt to errors
             # that f, which still is plain reuse, will soon remove by itself.
-            norm = clip_and_step([optimizers["compensation"]], CLIP_GENERATOR)
-        else:
-            norm = clip_and_step(generator, CLIP_GENERATOR)
+            learners = [optimizers["compensation"]] if i < settings.warmup else generator
+            norm = clip_and_step(learners, CLIP_GENERATOR)
         metrics["norm_d" if turn == "discriminator" else "norm_g"] = norm
         # G's loss leaves gradients in the heads, and in the student during the warm-up: nobody may
         # take them into another turn.
@@ -429,7 +380,6 @@ def main(argv):
         # ---- log, show, save
         done = i + 1
         last = done == settings.iterations
-        stop = run.stopping()                             # Ctrl-C, in any process
         run.check_finite(done, **{turn: norm})
         if done % settings.log_every == 0 or last:
             # An iteration is one turn; both counts tell how many updates that makes.
@@ -442,35 +392,18 @@ def main(argv):
         if done % settings.sample_every == 0 or last:
             gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
                          sigmas, span, f)
-            draw_curves(run.folder)                       # where matplotlib is installed
-        if run.due(done, settings.checkpoint_every) or last or stop:
-            run.save(done, networks, optimizers)
-        if stop and not last:
-            bar.close()
-            run.leave(done)
+        run.checkpoint(done, networks, optimizers)        # where due; Ctrl-C ends it here
 
     # ------------------------------------------------------------- the result
     # f has a file of its own: a stock transformer folder would drop it with a mere warning.
-    if f is not None and first():
-        save_tensors(run.folder / "compensation.safetensors", f.state_dict())
+    if f is not None:
+        run.save("compensation", f.state_dict())
     save_transformer(student, run.folder / "student", preset.captions != "tiny", settings.lora_rank)
-    keep_recipe(run.folder, recipe, settings.iterations)
-    print(f"{run.folder}: {recipe['nfe']:.3f} network evaluations, "
+    run.finish()
+    evaluations = nfe(steps, span, len(student.transformer_blocks))
+    print(f"{run.folder}: {evaluations:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
-
-
-def stage2_recipe(settings, preset, init, span, f, blocks):
-    """The content of distill.json: Stage I's recipe, and which blocks are skipped."""
-    shape, size = init["latent_shape"], init.get("resolution")
-    recipe = recipe_of(preset, 2, init["steps"], init["alpha"], init["guidance"], shape, size)
-    recipe["init"] = Path(settings.init).resolve().name
-    recipe["lora_rank"] = settings.lora_rank
-    if span:
-        recipe["cached_blocks"] = settings.cached_blocks
-        recipe["compensation"] = f is not None
-        recipe["nfe"] = round(nfe(init["steps"], span, blocks), 4)
-    return recipe
 
 
 if __name__ == "__main__":

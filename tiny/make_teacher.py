@@ -13,8 +13,7 @@ import json
 import math
 from pathlib import Path
 
-from tools.settings import UserError, command, option, parse_settings
-from run import Run, rng, save_whole
+from run import Run, UserError, command, option, parse_settings, rng, save_whole
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +30,12 @@ class Settings:
     out: str = option("tiny/sd3", "folder of the finished teacher")
     work: str = option("runs/tiny-teacher", "folder of the checkpoints on the way")
     seed: int = option(0, "seed of everything", low=0, high=2**31 - 1)
-    vae_steps: int = option(1400, "VAE: steps of batch 64", low=1)
-    teacher_steps: int = option(5000, "MMDiT: steps of batch 128", low=1)
-    refine_steps: int = option(3000, "MMDiT: then steps with every sigma alike", low=1)
-    backbone_steps: int = option(1000, "vision backbones: steps of batch 128", low=1)
+    vae_steps: int = option(1400, "VAE: steps of batch 64", low=1, high=10**6)
+    teacher_steps: int = option(5000, "MMDiT: steps of batch 128", low=1, high=10**6)
+    refine_steps: int = option(3000, "MMDiT: then steps with every sigma alike", low=1, high=10**6)
+    backbone_steps: int = option(1000, "vision backbones: steps of batch 128", low=1, high=10**6)
     report_samples: int = option(32, "samples a caption for the numbers at the end; 0 = none",
-                                 low=0)
+                                 low=0, high=4096)
     overwrite: bool = option(False, "replace --out (checkpoints in --work are always continued)")
     debug: bool = option(False, "show tracebacks")
 
@@ -53,8 +52,9 @@ def one_cycle(progress):
 def fit(name, model, loss_at, steps, lr, settings, ema=None):
     """Trains `model` on loss_at(step) with AdamW and returns it, or its average `ema`. Each part
     has its own run folder in --work, and goes on from its newest checkpoint."""
-    from tqdm import tqdm
-    run = Run(Path(settings.work) / name, {"steps": steps, "lr": lr, "seed": settings.seed})
+    run = Run(Path(settings.work) / name, {"iterations": steps, "steps": steps, "lr": lr,
+                                           "checkpoint_every": SAVE_EVERY,
+                                           "seed": settings.seed}, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
                                   fused=True)
     networks, optimizers = {"model": model}, {"model": optimizer}
@@ -62,9 +62,9 @@ def fit(name, model, loss_at, steps, lr, settings, ema=None):
         networks["ema"] = ema
     start = run.restore(networks, optimizers)
 
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=start == steps)
+    bar = run.bar(start, name)
     for step in bar:
-        done, last = step + 1, step + 1 == steps
+        done = step + 1
         rate = lr * one_cycle(done / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -79,12 +79,7 @@ def fit(name, model, loss_at, steps, lr, settings, ema=None):
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             run.log(done, loss=loss.item(), lr=rate)
-        stop = run.stopping()
-        if done % SAVE_EVERY == 0 or last or stop:
-            run.save(done, networks, optimizers)
-        if stop and not last:
-            bar.close()
-            run.leave(done)
+        run.checkpoint(done, networks, optimizers)
     return ema.module if ema else model
 
 
@@ -287,13 +282,13 @@ def make_backbone(name, depths, widths, seed, settings):
 def report(folder, n, seed):
     """Prints what the finished teacher is worth: n samples a caption, with and without guidance."""
     from model import PRESETS, Decoder, Prompts, load_transformer
-    from sampler import image_noise, load_scheduler, sample_guided, teacher_sigmas
+    from sampler import image_noise, sample_guided, teacher_sigmas
     from train_stage1 import TINY
     preset = dataclasses.replace(PRESETS["tiny"], source=str(folder))
     captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)           # 24·n
-    prompts = Prompts(preset, CAPTIONS, "cpu")
-    net, decode = load_transformer(preset), Decoder(preset, "cpu")
-    sigmas, w = teacher_sigmas(load_scheduler(preset)), TINY["guidance"]
+    prompts = Prompts(preset, CAPTIONS, torch.device("cpu"))
+    net, decode = load_transformer(preset), Decoder(preset, torch.device("cpu"))
+    sigmas, w = teacher_sigmas(preset), TINY["guidance"]
 
     report_vae(decode.vae, draw(*sample_labels(len(captions), rng(seed, "report"), captions)))
     for guidance, alpha in ((1.0, 1.0), (w, 1.0), (w, TINY["alpha"])):
