@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -482,9 +483,10 @@ class Run:
         """Keeps other commands out of the folder, until this process ends, however it ends."""
         with contextlib.suppress(ImportError, FileNotFoundError):     # Windows has no fcntl
             import fcntl
-            self.locked = open(self.folder / ".lock", "w")
+            lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_WRONLY)
+            weakref.finalize(self, os.close, lock)
             try:
-                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.folder} is in use by another command that is still "
                                 "running; wait for its end or give another --out") from None

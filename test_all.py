@@ -1,7 +1,7 @@
 """What the project claims, in the order of the reading: conventions and equations, Stage I, the
-cache, the sampler, Stage II, runs. Names are sentences; a docstring says which mistake a test would
-catch. What does not belong to the reading is tested in tools/test_*.py: other switches, stock
-pipelines, several processes, faults, tools.
+cache, the samplers, Stage II, the evaluation, runs. Names are sentences; a docstring says which
+mistake a test would catch. Stock pipelines, several processes, kills, real models and tools are
+tested in tools/test_*.py.
 
     python -m pytest -q test_all.py
 
@@ -30,6 +30,7 @@ from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transf
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+import evaluate
 import model
 import sampler
 import train_stage1
@@ -37,9 +38,8 @@ import train_stage2
 from cache import NOTHING, BlockCache, CachedSD3, make_compensation, nfe
 from losses import (discriminator_loss, dmd_loss, dmd_loss_official, draw_sigma, euler,
                     fake_score_loss, generator_loss, guidance_weight, guide, importance_curve,
-                    renoise, shift_sigma, window, x0_from_velocity)
-from tiny.world import CAPTIONS
-from tools.settings import parse_settings
+                    judged_between, renoise, shift_sigma, step_end, x0_from_velocity)
+from tiny.world import CAPTIONS, draw, sample_labels
 
 HERE = Path(__file__).parent
 TINY = model.PRESETS["tiny"]
@@ -67,13 +67,8 @@ def metrics(folder):
 
 
 def references_of(folder):
-    """The reference pictures that lie beside a run of Stage II, uint8 [R, 3, H, W]."""
-    file, = folder.parent.glob("references-*/pictures-*.safetensors")
-    return load_file(file)["pictures"]
-
-
-def recipe(folder):
-    return json.loads((folder / "distill.json").read_text())
+    """The reference pictures of a run of Stage II, uint8 [R, 3, H, W]."""
+    return load_file(folder / "references.safetensors")["pictures"]
 
 
 def same(one, other):
@@ -101,10 +96,11 @@ def stock_net(state=None):
 def record(script, argv):
     """Runs script.main(argv) and returns its updates in order. Each is a dict:
 
-    learners   whose optimisers take the step        limit      largest gradient norm allowed
-    weights    {network: its state before the step}  gradients  {network: {name: tensor}} as the
-    clipped    the learners' gradients, averaged over           backward pass left them
-               the processes and clipped
+    learners   {network: (rate, betas, weight decay)} of those whose optimisers take the step
+    limit      largest gradient norm allowed
+    weights    {network: its state before the step}
+    gradients  {network: {name: tensor}} as the backward pass left them
+    clipped    the learners' gradients, averaged over the processes and clipped
     """
     updates, nets, optims = [], {}, {}
     restore, step = script.Run.restore, script.clip_and_step
@@ -115,13 +111,16 @@ def record(script, argv):
         return restore(self, networks, optimizers)
 
     def spy_on_step(optimizers, limit=math.inf):
-        grads = {name: {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
-                 for name, net in nets.items()}
-        update = {"learners": [name for name, optim in optims.items() if optim in optimizers],
-                  "limit": limit, "weights": {}, "gradients": {}, "clipped": {}}
+        update = {"learners": {}, "limit": limit, "weights": {}, "gradients": {}, "clipped": {}}
+        grads = {}
         for name, net in nets.items():
+            grads[name] = gradients(net)
             update["weights"][name] = {k: v.clone() for k, v in net.state_dict().items()}
             update["gradients"][name] = {k: v.clone() for k, v in grads[name].items()}
+        for name, optim in optims.items():
+            if optim in optimizers:
+                group, = optim.param_groups
+                update["learners"][name] = group["lr"], group["betas"], group["weight_decay"]
         norm = step(optimizers, limit)
         for name in update["learners"]:                   # the step clips them in place
             update["clipped"] |= {f"{name}.{k}": v.full_tensor() if isinstance(v, DTensor) else v
@@ -286,18 +285,18 @@ def test_share_of_draws_without_guidance_is_the_derived_one():
     """18.2 % of a two-step student's draws lie above α = 0.94, 12.0 % above 0.96. Catches α on the
     unshifted axis."""
     u, k = torch.arange(1000).repeat_interleave(2) / 1000, torch.arange(2000) % 2
-    sigma = draw_sigma(u, *window(k, sampler.sigma_grid(2)), importance_curve("official"))
+    sigma = draw_sigma(u, *judged_between(k, sampler.sigma_grid(2)), importance_curve("official"))
     assert (sigma > 0.94).float().mean().item() == pytest.approx(0.182, abs=0.002)
     assert (sigma > 0.96).float().mean().item() == pytest.approx(0.120, abs=0.002)
 
 
-def test_a_window_is_the_steps_own_and_the_x0_form_has_all_levels():
+def test_a_step_is_judged_between_its_own_ends_and_the_x0_form_at_all_levels():
     """Catches the neighbouring step's window. The two forms agree where the last step ends."""
     sigmas, k = sampler.sigma_grid(2), torch.tensor([0, 1])
-    high, low = window(k, sigmas, "window")
-    assert high.tolist() == [1, 0.75] and low.tolist() == [0.75, 0]
-    high, low = window(k, sigmas, "x0")
-    assert high.tolist() == [1, 1] and low.tolist() == [0, 0]
+    high, low = judged_between(k, sigmas)
+    assert high.tolist() == [1, 0.75] and low.tolist() == step_end(k, sigmas).tolist() == [0.75, 0]
+    high, low = judged_between(k, sigmas, "x0")
+    assert high.tolist() == [1, 1] and low.tolist() == step_end(k, sigmas, "x0").tolist() == [0, 0]
 
 
 def test_the_students_gradient_is_the_score_difference():
@@ -384,11 +383,12 @@ def noised(p, end, sigma, noise):
 
 
 # Large rates, so that student, fake score and teacher are three different networks in iteration 1.
-PINNED1 = ["--batch-size", "8", "--student-lr", "1e-3", "--fake-lr", "1e-3", "--iterations", "2"]
+PINNED1 = ["--batch-size", "8", "--student-lr", "1e-3", "--fake-lr", "2e-3", "--iterations", "2"]
+BETAS1 = (0.0, 0.999)
 
 
 def settings_of(script, argv):
-    settings = parse_settings(script.Settings, argv, "", "")
+    settings = run.parse_settings(script.Settings, argv, "", "")
     return settings, script.resolve(settings)
 
 
@@ -396,13 +396,21 @@ def settings_of(script, argv):
 def turns1(tmp_path_factory):
     """The four updates of two iterations: fake score, student, fake score, student."""
     out = tmp_path_factory.mktemp("turns1") / "run"
-    return record(train_stage1, [*PINNED1, "--out", str(out)])
+    return Turns(record(train_stage1, [*PINNED1, "--out", str(out)]), out)
+
+
+class Turns(list):
+    """The updates of a recorded run, and its folder."""
+
+    def __init__(self, updates, folder):
+        super().__init__(updates)
+        self.folder = folder
 
 
 OTHER = ["--steps", "3", "--form", "x0", "--loss", "official", "--seed", "0"]
 
 
-@pytest.mark.parametrize("options", [[], OTHER], ids=["as in the recipe", "all else"])
+@pytest.mark.parametrize("options", [[], OTHER], ids=["default", "all else"])
 def test_each_turn_of_stage_one_is_the_papers_formulas(options, turns1, prompts, tmp_path):
     """Catches what no run shows: re-noising from another level, a fake score that aims at the
     intermediate sample, guidance on the wrong side of α, a flipped difference of scores, a path
@@ -410,7 +418,7 @@ def test_each_turn_of_stage_one_is_the_papers_formulas(options, turns1, prompts,
     argv = [*PINNED1, *options]
     turns = record(train_stage1, [*argv, "--out", str(tmp_path / "run")]) if options else turns1
     fake_turn, student_turn = turns[2:]                   # of iteration 1
-    settings, (_, _, texts) = settings_of(train_stage1, argv)
+    settings, (_, _, _, texts) = settings_of(train_stage1, argv)
     N = settings.steps
     u = 1 - torch.arange(N + 1) / N
     sigmas = 3 * u / (1 + 2 * u)
@@ -436,7 +444,8 @@ def test_each_turn_of_stage_one_is_the_papers_formulas(options, turns1, prompts,
     fake_score = stock_net(fake_turn["weights"]["fake_score"])
     v = ask(fake_score, x, sigma, prompt)
     ((v - (x - x0) / sigma) ** 2).mean().backward()
-    assert (fake_turn["learners"], fake_turn["limit"]) == (["fake_score"], 1.0)
+    assert fake_turn["learners"] == {"fake_score": (2e-3, BETAS1, 1e-4)}
+    assert fake_turn["limit"] == 1.0
     assert_close(fake_turn["gradients"]["fake_score"], gradients(fake_score))
 
     # The student: its step once more, judged by the guided teacher and the updated fake score.
@@ -460,7 +469,8 @@ def test_each_turn_of_stage_one_is_the_papers_formulas(options, turns1, prompts,
         else:
             direction = difference / distance.mean((1, 2, 3), keepdim=True)
     p.backward(direction / p.numel())
-    assert (student_turn["learners"], student_turn["limit"]) == (["student"], 2.0)
+    assert student_turn["learners"] == {"student": (1e-3, BETAS1, 1e-4)}
+    assert student_turn["limit"] == 2.0
     assert_close(student_turn["gradients"]["student"], gradients(student))
     assert not student_turn["gradients"]["fake_score"], "the student's turn reached the fake score"
 
@@ -477,7 +487,7 @@ def test_a_turn_moves_its_own_network_and_no_other(turns1):
 def test_levels_are_drawn_inside_each_samples_own_window():
     """The fake score's uniformly, the student's by the curve, each with a step of its own. Catches
     swapped curves, one k for both, and a window that is not the step's."""
-    settings, (_, shape, texts) = settings_of(train_stage1, ["--batch-size", "4096"])
+    settings, (_, _, shape, texts) = settings_of(train_stage1, ["--batch-size", "4096"])
     sigmas = sampler.sigma_grid(2)
     batch = train_stage1.draw_batch(0, settings, (1, 1, 1), sigmas, texts)
     for who, means in (("fake", (0.892, 0.461)), ("student", (0.912, 0.619))):
@@ -486,13 +496,62 @@ def test_levels_are_drawn_inside_each_samples_own_window():
         for step, mean in enumerate(means):
             assert sigma[k == step].mean().item() == pytest.approx(mean, abs=0.01)
     agree = (batch["k_fake"] == batch["k_student"]).float().mean().item()
-    assert shape == SHAPE and agree == pytest.approx(0.5, abs=0.03)
+    assert shape == list(SHAPE) and agree == pytest.approx(0.5, abs=0.03)
+
+
+def test_no_two_iterations_draw_the_same():
+    """Steps, levels, prompts and each of the three noises. Catches an iteration left out of a
+    seed: the student would see one batch for ever."""
+    settings, (_, _, _, texts) = settings_of(train_stage1, ["--batch-size", "16"])
+    sigmas = sampler.sigma_grid(2)
+    one, other = (train_stage1.draw_batch(i, settings, SHAPE, sigmas, texts) for i in (0, 1))
+    again = train_stage1.draw_batch(0, settings, SHAPE, sigmas, texts)
+    for name in one:
+        assert torch.equal(one[name], again[name]) and not torch.equal(one[name], other[name]), name
+    noises = torch.cat([one[f"noise{kind}"] for kind in ("", "_fake", "_student")])
+    assert len(noises.flatten(1).unique(dim=0)) == 48, "a noise is used twice"
+
+
+def test_the_values_of_stage_one_are_the_released_ones():
+    """Catches a constant that somebody tuned in the released column."""
+    official = {"iterations": 500, "batch_size": 64, "student_lr": 5e-6, "fake_lr": 4e-5,
+                "alpha": 0.94, "guidance": 7.0}
+    assert official.items() <= train_stage1.SD3.items()
+    assert train_stage1.BETAS == (0.0, 0.999) and train_stage1.WEIGHT_DECAY == 1e-4
+    assert (train_stage1.CLIP_FAKE, train_stage1.CLIP_STUDENT) == (1.0, 2.0)
+
+
+def test_the_result_is_the_student_of_the_last_iteration(turns1, tmp_path):
+    """Catches a student/ that holds the fake score, or the student of an earlier iteration."""
+    out = tmp_path / "three"
+    third = record(train_stage1, [*PINNED1, "--iterations", "3", "--out", str(out)])[4]
+    two = turns1.folder
+    assert same(weights(two), third["weights"]["student"])
+    assert not same(weights(two), weights(out))
+
+
+def test_micro_batches_give_the_gradients_of_the_batch(turns1, tmp_path):
+    """Before they are clipped. Catches losses that are added up and not averaged, and parts that
+    see each other's prompts."""
+    split = record(train_stage1, [*PINNED1, "--accumulation", "4", "--iterations", "1",
+                                  "--out", str(tmp_path / "run")])
+    for whole, parts, name in zip(turns1, split, ("fake_score", "student"), strict=False):
+        assert_close(parts["gradients"][name], whole["gradients"][name])
+
+
+def test_the_log_tells_the_gap_by_noise_level():
+    """Catches bins that are fixed while α and the steps are options."""
+    sigma, gap = torch.tensor([0.2, 0.7, 0.8, 0.97]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    found = train_stage1.measure(gap, sigma, torch.ones(4, *SHAPE), sampler.sigma_grid(2), 0.9)
+    bins = {"gap_0_0.5": 1, "gap_0.5_0.75": 2, "gap_0.75_0.9": 3, "gap_0.9_1": 4, "gap": 2.5,
+            "x0_mean": 1, "x0_std": 0, "saturation": 0, "diversity": 0}
+    assert found == bins
 
 
 def test_training_never_sees_the_noise_of_an_evaluation():
     """Also with the same seed. Catches a student that learns by heart what it is measured on."""
     pictures = sampler.image_noise(42, range(64), SHAPE).flatten(1)
-    settings, (_, _, texts) = settings_of(train_stage1, ["--seed", "42", "--batch-size", "64"])
+    settings, (_, _, _, texts) = settings_of(train_stage1, ["--seed", "42", "--batch-size", "64"])
     batches = [train_stage1.draw_batch(i, settings, SHAPE, sampler.sigma_grid(2), texts)
                for i in range(2)]
     noises = [batch[name] for batch in batches
@@ -649,20 +708,14 @@ def test_f_at_its_start_is_plain_reuse_and_the_true_residual_is_the_full_step(te
 
 
 def cached_backward(checkpointing):
-    """(network, f, start noise) after a backward pass from a cached step; by then Δ0 was replaced
-    and forgotten."""
+    """(network, f, start noise) after a backward pass from a cached step."""
     net = model.load_transformer(TINY)
     f, (x, prompt) = trained_compensation(net), inputs(net)
     if checkpointing:
         net.enable_gradient_checkpointing()
     x.requires_grad_()
-    adapter = BlockCache(net, (1, 4), f)
-    first = model.velocity(net, x, 1.0, prompt)           # with gradient: Δ0 must not carry it
-    x1 = (x - 0.25 * first).detach()
-    v = model.velocity(net, x1, 0.75, prompt)
-    with torch.no_grad():
-        model.velocity(net, x1, 1.0, prompt)              # another path's Δ0
-    adapter.forget()
+    first, delta = model.velocity(net, x, 1.0, prompt, (1, 4))    # with gradient: Δ0 carries none
+    v, _ = model.velocity(net, (x - 0.25 * first).detach(), 0.75, prompt, (1, 4), delta, f)
     v.square().mean().backward()
     return net, f, x
 
@@ -726,10 +779,10 @@ def test_a_saved_student_is_a_stock_folder(finished, prompts):
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
     config = json.loads((finished / "student" / "config.json").read_text())
     assert config["_class_name"] == "SD3Transformer2DModel"
-    ours, _, _ = sampler.load_student(finished, TINY, sampler.read_recipe(finished), "cpu")
+    ours, _, _ = model.load_student(finished, run.read_settings(finished), TINY, "cpu")
     x, prompt = sampler.image_noise(0, range(2), SHAPE), prompts.take([0, 1])
     with torch.no_grad():
-        assert torch.equal(ask(stock, x, 1.0, prompt), model.velocity(ours, x, 1.0, prompt))
+        assert torch.equal(ask(stock, x, 1.0, prompt), model.velocity(ours, x, 1.0, prompt)[0])
 
 
 # ================================================================== the samplers
@@ -737,7 +790,7 @@ def test_a_saved_student_is_a_stock_folder(finished, prompts):
 @pytest.mark.parametrize("steps", [2, 4])
 def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, prompts, steps):
     """One grid for training, sampling and export; catches num_inference_steps without sigmas."""
-    student, _, _ = sampler.load_student(finished, TINY, sampler.read_recipe(finished), "cpu")
+    student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, "cpu")
     noise = sampler.image_noise(0, range(3), SHAPE)
     with torch.no_grad():
         ours = sampler.roll_out(student, noise, prompts.take([0, 1, 2]),
@@ -753,7 +806,7 @@ def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, pro
 def test_our_guided_sampler_is_the_stock_one(stock_pipe, teacher, prompts):
     """28 steps with guidance. Catches another grid, swapped branches, another empty prompt."""
     noise = sampler.image_noise(0, range(2), SHAPE)
-    grid = sampler.teacher_sigmas(sampler.load_scheduler(TINY))
+    grid = sampler.teacher_sigmas(TINY)
     with torch.no_grad():
         ours, passes = sampler.sample_guided(teacher, noise, prompts.take([5, 6]),
                                              prompts.uncond(2), grid, 4.0)
@@ -764,7 +817,7 @@ def test_our_guided_sampler_is_the_stock_one(stock_pipe, teacher, prompts):
 
 def test_alpha_costs_51_passes_on_the_stock_grid(teacher, prompts):
     """Five of the 28 sigmas lie above 0.94. Catches < for ≤, and a pass made for nothing."""
-    grid = sampler.teacher_sigmas(sampler.load_scheduler(TINY))
+    grid = sampler.teacher_sigmas(TINY)
     assert len(grid) == 29 and (grid > 0.94).sum() == 5
     x, prompt, uncond = torch.zeros(1, *SHAPE), prompts.take([0]), prompts.uncond(1)
     with torch.no_grad():
@@ -784,8 +837,11 @@ def test_turns_are_the_official_ones(monkeypatch):
 
 
 # Turns G (warm-up), D, D, G, D. Large rates, so that all networks move visibly.
-PINNED2 = [*STAGE2, "--iterations", "5", "--student-lr", "1e-3", "--compensation-lr", "1e-2",
+PINNED2 = [*STAGE2, "--iterations", "5", "--student-lr", "1e-3", "--compensation-lr", "5e-3",
            "--discriminator-lr", "1e-2"]
+
+
+BETAS2 = (0.9, 0.95)
 
 
 def record2(argv):
@@ -800,12 +856,12 @@ class StageTwo:
     folder: Path
     turns: list
     settings: train_stage2.Settings
-    chosen: torch.Tensor                                  # R, the references' captions
+    reference_prompts: torch.Tensor                       # R
 
     def batch(self, i):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_stage2, "D_ONLY", 0)
-            return train_stage2.draw_batch(i, self.settings, self.chosen, CAPTIONS)
+            return train_stage2.draw_batch(i, self.settings, self.reference_prompts, CAPTIONS)
 
     def noise(self, numbers):
         return sampler.image_noise(self.settings.seed, numbers, SHAPE, "training")
@@ -813,12 +869,12 @@ class StageTwo:
 
 @pytest.fixture(scope="session")
 def stage2(finished, finished2):
-    argv = [*PINNED2, "--init", str(finished)]
-    folder = finished2.parent / "turns2"                  # runs side by side share the references
+    argv = [*PINNED2, "--init", str(finished), "--references-from", str(finished2)]
+    folder = finished2.parent / "turns2"
     turns = record2([*argv, "--out", str(folder)])
     settings, _ = settings_of(train_stage2, argv)
-    chosen = torch.randint(24, (8,), generator=run.rng(settings.seed, "references"))
-    return StageTwo(folder, turns, settings, chosen)
+    drawn = torch.randint(24, (8,), generator=run.rng(settings.seed, "references"))
+    return StageTwo(folder, turns, settings, drawn)
 
 
 @pytest.fixture(scope="session")
@@ -839,7 +895,7 @@ def test_references_are_the_alpha_guided_teachers_pictures(stage2, prompts, deco
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(TINY.source, subfolder="scheduler")
     scheduler.set_timesteps(28)
     net, x = stock_net(), stage2.noise(range(8))
-    prompt, empty = prompts.take(stage2.chosen), prompts.uncond(8)
+    prompt, empty = prompts.take(stage2.reference_prompts), prompts.uncond(8)
     with torch.no_grad():
         for sigma, sigma_next in itertools.pairwise(scheduler.sigmas):
             v = ask(net, x, sigma, prompt)
@@ -892,7 +948,7 @@ def test_each_discriminator_turn_is_the_papers_formulas(i, stage2, prompts, deco
     turn, batch = stage2.turns[i], stage2.batch(i)
     references = references_of(stage2.folder)
     with torch.no_grad():
-        prompt = prompts.take(stage2.chosen[batch["noise"]])
+        prompt = prompts.take(stage2.reference_prompts[batch["noise"]])
         _, _, sample = cached_path(turn, stage2.noise(batch["noise"]), prompt)
         picture = decode(sample)
     discriminator = judge(turn, stage2.settings.seed)
@@ -904,7 +960,8 @@ def test_each_discriminator_turn_is_the_papers_formulas(i, stage2, prompts, deco
     logged = metrics(stage2.folder)[i]
     assert logged["loss_d"] == pytest.approx(loss.item(), rel=1e-3)
     assert logged["d_ranks"] == pytest.approx(sum(ranks).item() / len(ranks), abs=2e-3)
-    assert (turn["learners"], turn["limit"]) == (["discriminator"], math.inf)
+    assert turn["learners"] == {"discriminator": (1e-2, BETAS2, 1e-4)}
+    assert turn["limit"] == math.inf
     assert_close(turn["gradients"]["discriminator"], gradients(discriminator.heads))
     assert not turn["gradients"]["student"] and not turn["gradients"]["compensation"]
 
@@ -936,11 +993,69 @@ def moved(one, other):
 def test_the_warm_up_moves_f_alone_and_then_student_and_f(stage2):
     """Weights before and after each turn. Catches a student bent by an f that is still plain reuse,
     weight decay included, and heads that G's turn trains."""
-    learners = [set(turn["learners"]) for turn in stage2.turns]
-    assert learners == [{"compensation"}, {"discriminator"}, {"discriminator"},
-                        {"student", "compensation"}, {"discriminator"}]
+    both = {"student": (1e-3, BETAS2, 1e-4), "compensation": (5e-3, BETAS2, 1e-4)}
+    learners = [turn["learners"] for turn in stage2.turns]
+    assert learners[0] == {"compensation": both["compensation"]} and learners[3] == both
+    assert all(list(learners[i]) == ["discriminator"] for i in (1, 2, 4))
     for (one, other), who in zip(itertools.pairwise(stage2.turns), learners, strict=False):
-        assert moved(one, other) == who
+        assert moved(one, other) == set(who)
+
+
+def test_stage_twos_micro_batches_give_the_gradients_of_the_batch(stage2, finished, finished2):
+    """Before they are clipped, in a turn of G and one of D. Catches losses that are added up, and
+    a reference that goes with another part's noise."""
+    split = record2([*PINNED2, "--init", str(finished), "--references-from", str(finished2),
+                     "--accumulation", "2", "--iterations", "2",
+                     "--out", str(finished2.parent / "accumulated")])
+    for whole, parts, names in zip(stage2.turns, split, (("student", "compensation"),
+                                                         ("discriminator",)), strict=False):
+        for name in names:
+            assert_close(parts["gradients"][name], whole["gradients"][name])
+
+
+def test_the_values_of_stage_two_are_the_released_ones():
+    """Catches a constant that somebody tuned in the released column."""
+    official = {"iterations": 4000, "batch_size": 32, "student_lr": 1e-5, "compensation_lr": 1e-3,
+                "discriminator_lr": 1e-5, "warmup": 500}
+    assert official.items() <= train_stage2.SD3.items()
+    assert train_stage2.BETAS == (0.9, 0.95) and train_stage2.WEIGHT_DECAY == 1e-4
+    assert train_stage2.CLIP_GENERATOR == 2.0
+    spans = [model.PRESETS[name].cached_blocks for name in ("tiny", "sd3-medium", "sd3.5-large")]
+    assert spans == ["1-4", "2-9", "2-11"] and model.PRESETS["sd3-medium"].text_length == 256
+
+
+def test_the_discriminator_is_its_formula():
+    """Backbone and heads written out from their weights. Catches pictures that are normalised
+    otherwise than the backbone's own, the last map's maximum for its mean, another slope, heads
+    without a spectral norm, or one that is told the picture itself."""
+    discriminator = model.Discriminator(TINY, seed=5).eval()
+    pictures = torch.rand(3, 3, 32, 32, generator=seeded())
+    maps = discriminator.backbone((pictures - 0.5) / 0.5).feature_maps
+
+    def bounded(layer):
+        one, = layer.parametrizations.weight              # its largest singular value becomes 1
+        w = layer.parametrizations.weight.original
+        return w / (one._u @ w.flatten(1) @ one._v)
+    for head, x, logits in zip(discriminator.heads, [*maps, maps[-1].mean((2, 3))],
+                               discriminator(pictures), strict=True):
+        look = bounded(head.look)
+        if x.ndim == 4:
+            h = torch.nn.functional.conv2d(x, look, head.look.bias, padding=1).flatten(2).mT
+        else:
+            h = (x @ look.T + head.look.bias)[:, None]
+        h = torch.where(h > 0, h, 0.2 * h)
+        expected = (h @ bounded(head.judge).T + head.judge.bias)[..., 0]
+        assert torch.allclose(logits, expected, atol=1e-5)
+        assert torch.linalg.matrix_norm(look.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
+    assert len(maps) == 3 and not any(p.requires_grad for p in discriminator.backbone.parameters())
+
+
+def test_no_two_turns_draw_the_same(stage2):
+    """Noises and prompts, of D's turns and of G's. Catches an iteration left out of the seed."""
+    for i, j in ((1, 2), (0, 3)):
+        one, other = stage2.batch(i), stage2.batch(j)
+        assert not torch.equal(one["noise"], other["noise"])
+        assert not torch.equal(one["prompt"], other["prompt"])
 
 
 def test_the_generator_never_meets_the_noise_of_a_reference(stage2):
@@ -951,10 +1066,103 @@ def test_the_generator_never_meets_the_noise_of_a_reference(stage2):
         batch = stage2.batch(i)
         if i % 3:
             assert (batch["noise"] < 8).all()
-            assert torch.equal(batch["prompt"], stage2.chosen[batch["noise"]])
+            assert torch.equal(batch["prompt"], stage2.reference_prompts[batch["noise"]])
         else:
             fresh += batch["noise"].tolist()
     assert min(fresh) >= 8 and len(set(fresh)) == len(fresh) == 400
+
+
+# ================================================================== the evaluation
+
+def test_the_frechet_distance_is_its_formula():
+    """Catches a sign, a root of the wrong product, biased covariances."""
+    a, b = (torch.randn(50, 1, 4, generator=seeded(i)).double() for i in range(2))
+    b = 2 * b + 1
+    cov_a, cov_b = (torch.cov(x.flatten(0, 1).T) for x in (a, b))
+    roots = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
+    means = (a.mean((0, 1)) - b.mean((0, 1))).square().sum()
+    expected = means + cov_a.trace() + cov_b.trace() - 2 * roots
+    assert evaluate.frechet(a, b).item() == pytest.approx(expected.item())
+    assert evaluate.frechet(a, a).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_an_interval_is_the_middle_95_percent_of_resampled_prompts():
+    """Catches quantiles of another width, pictures resampled in place of prompts, and rows that
+    are not given the same draws."""
+    drawn = []
+
+    def statistic(index):
+        drawn.append(index)
+        return index.float().mean()
+    found = evaluate.estimate("x", statistic, prompts=24)
+    means = torch.stack([index.float().mean() for index in drawn[:-1]]).sort().values
+    assert found["x"] == 11.5 and len(drawn) == 1001 and all(len(i) == 24 for i in drawn)
+    low, high = found["x_interval"]
+    assert means[24] <= low <= means[26] and means[973] <= high <= means[975]
+    assert evaluate.estimate("x", lambda i: i.float().mean(), 24) == found, "the same draws"
+
+
+class Meter:
+    """Stands in for a meter: the value is the picture's, the features are its first pixels."""
+
+    def __call__(self, pictures, text):
+        values = {"prompt_accuracy": pictures.mean(), "scene_entropy": pictures[0].mean()}
+        return values, pictures[:, 0, 0, :2]
+
+
+def test_runs_are_compared_prompt_by_prompt():
+    """Diversity is the mean distance of a prompt's pictures from each other. A run that gains one
+    point at every prompt has an interval of no width. Catches means over all pictures, and draws of
+    other prompts for the one than for the other."""
+    pictures = torch.rand(3, 4, 3, 8, 8, generator=seeded())              # P×n×3×H×W
+    base = evaluate.Measured(pictures, CAPTIONS[:3], Meter())
+    better = evaluate.Measured(pictures + 0.01, CAPTIONS[:3], Meter())
+    first = pictures[0, :, 0, 0, :2]
+    pairs = [(first[i] - first[j]).norm() for i, j in itertools.combinations(range(4), 2)]
+    assert base.by_prompt["diversity"][0].item() == pytest.approx(sum(pairs).item() / 6, rel=1e-4)
+    found = evaluate.compare(better, base, base)
+    assert found["accuracy_points"] == pytest.approx(1, abs=1e-4)
+    assert found["accuracy_points_interval"] == pytest.approx([1, 1], abs=1e-4)
+    assert found["entropy_ratio"] > 1 and found["frechet_change"] > 0
+
+
+def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, tmp_path, capsys):
+    """Two runs, the teacher and the data. Catches a row without its baseline, network evaluations
+    of another span, seconds of nobody, and the teacher compared with itself."""
+    evaluate.main(["--checkpoint", str(finished), str(finished2), "--samples-per-prompt", "2",
+                   "--teacher", "alpha", "--out", str(tmp_path / "out")])
+    result = run.read_json(tmp_path / "out" / "results.json")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["data", "teacher, w = 4 for sigma <= 0.94", "finished",
+                          "finished, plain reuse", "finished, span skipped", "finished2",
+                          "finished2, no cache", "finished2, plain reuse"]
+    counts = [row["nfe_blocks"] for row in result["rows"]]
+    assert counts[1:3] == [51, 2] and counts[5] == pytest.approx(5 / 3) and counts[6] == 2
+    assert rows["finished2"]["nfe_flops"] > counts[5]
+    assert rows["data"]["prompt_accuracy"] == 1 and rows["data"]["frechet_to_data"] is None
+    assert counts[0] is None and rows["data"]["seconds_per_image"] is None
+    assert rows["finished"]["seconds_per_image"] > 0 and len(
+        rows["finished"]["by_prompt"]["prompt_accuracy"]) == 24
+    assert rows["finished2"]["against"]["name"] == "finished" and "against" not in rows["finished"]
+    # Row by row the same noises: what Stage I's own path shows is what the sampler makes of them.
+    student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, "cpu")
+    noise, texts = sampler.image_noise(1, [0, 1], SHAPE), model.Prompts(TINY, CAPTIONS[:1], "cpu")
+    with torch.no_grad():
+        latents, _, _ = sampler.roll_out(student, noise, texts.take([0, 0]), sampler.sigma_grid(2))
+        shown = model.Decoder(TINY, torch.device("cpu"))(latents[-1]).clamp(0, 1)
+    meter = evaluate.TinyMeter(TINY)
+    right = meter(shown, CAPTIONS[0])[0]["prompt_accuracy"].item()
+    assert rows["finished"]["by_prompt"]["prompt_accuracy"][0] == pytest.approx(right)
+    assert (tmp_path / "out" / "grid.png").exists() and "| finished2 |" in capsys.readouterr().out
+
+
+def test_the_exact_reader_reads_what_was_drawn():
+    """And says so of the right caption. Catches shape and colour exchanged."""
+    captions = torch.arange(24).repeat_interleave(4)
+    pictures = draw(*sample_labels(96, seeded(), captions))
+    found = evaluate.measure(pictures, captions)
+    assert found["correct"].all() and (found["read_error"] < 1e-3).all()
+    assert not evaluate.measure(pictures, captions.roll(4))["correct"].any()
 
 
 # ================================================================== runs
@@ -965,13 +1173,23 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(sampler.Gallery, "save", lambda *a, **k: None)
 
 
+def refused(main, argv, capsys):
+    """The one line with which a command is refused, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and lines[-1].startswith("error: ") and "Traceback" not in lines[0]
+    return lines[-1]
+
+
 def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(finished, no_pictures, tmp_path, capsys):
     """Catches randomness that is not from (seed, iteration), and any state that a checkpoint
-    forgets."""
+    forgets. A finished run is left alone."""
     out = tmp_path / "resumed"
-    for iterations in ("1", "2"):
+    for iterations in ("1", "2", "2"):
         train_stage1.main([*SMALL, "--iterations", iterations, "--out", str(out)])
-    assert "resuming" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "resuming" in text and "is finished" in text
     assert same(weights(finished), weights(out)) and metrics(finished) == metrics(out)
 
 
@@ -984,7 +1202,149 @@ def test_a_resumed_stage_two_run_is_the_undisturbed_one_bit_for_bit(
         train_stage2.main([*STAGE2, "--init", str(finished), "--iterations", iterations,
                            "--out", str(out)])
     assert same(weights(finished2), weights(out)) and metrics(finished2) == metrics(out)
+    assert torch.equal(references_of(finished2), references_of(out))
     for name in ("compensation", "discriminator", "discriminator_optimizer"):
         one, other = (load_file(run.checkpoints(folder)[-1] / f"{name}.safetensors")
                       for folder in (finished2, out))
         assert same(one, other)
+
+
+def test_a_checkpoint_is_used_while_it_is_newer_than_the_result(finished, tmp_path):
+    """Catches a sampler that shows the old student of a run that trains on."""
+    import shutil
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    run.checkpoints(out)[-1].rename(out / "checkpoint-000003")
+    assert run.newest_student(finished).name == "student"
+    assert run.newest_student(out).name == "checkpoint-000003"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--alpha", "0.9"], "alpha was 0.94, is 0.9"), (["--seed", "4"], "seed was 3407, is 4"),
+    (["--iterations", "1"], "is at iteration 2 already")])
+def test_a_run_with_other_settings_is_refused_and_left_as_it_was(
+        finished, tmp_path, argv, words, capsys):
+    """Names the difference. Catches a resumed run that mixes two."""
+    import shutil
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    if "--iterations" in argv:                            # interrupted, so there is no result yet
+        settings = run.read_json(out / "settings.json")
+        run.write_json(out / "settings.json", settings | {"finished": 0})
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    argv = [*SMALL, "--iterations", "3", "--out", str(out), *argv]
+    assert words in refused(train_stage1.main, argv, capsys)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_nothing_of_the_users_is_deleted_without_overwrite(finished, no_pictures, tmp_path, capsys):
+    """A folder of somebody else's is refused, also with --overwrite; a run is replaced with it
+    alone, and the prompts of another file are not taken for its own."""
+    own = tmp_path / "thesis"
+    own.mkdir()
+    (own / "chapter1.txt").write_text("years of work")
+    for more in ([], ["--overwrite"]):
+        line = refused(train_stage1.main, [*SMALL, "--out", str(own), *more], capsys)
+        assert "is not a run folder" in line and (own / "chapter1.txt").exists()
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("a red circle\na blue cross\n")
+    argv = [*SMALL, "--iterations", "1", "--prompts", str(prompts), "--out", str(out)]
+    train_stage1.main(argv)
+    prompts.write_text("a red circle\na blue square\n")
+    assert "other prompts" in refused(train_stage1.main, [*argv, "--iterations", "2"], capsys)
+    train_stage1.main([*argv, "--overwrite", "--alpha", "0.5"])
+    assert run.read_settings(out)["alpha"] == 0.5 and len(run.checkpoints(out)) == 1
+    assert len(metrics(out)) == 1
+
+
+def test_a_norm_that_is_not_finite_changes_no_weight_and_stops_the_run(
+        no_pictures, tmp_path, monkeypatch, capsys):
+    """Catches NaN that spreads into the weights, and a run that goes on with it for hours."""
+    poison = iter([1.0, math.nan, 1.0, math.nan, math.nan, math.nan])
+
+    def loss(p, p_teacher, p_fake):
+        return dmd_loss(p, p_teacher, p_fake) * next(poison)
+    monkeypatch.setitem(train_stage1.LOSSES, "ours", loss)
+    out = tmp_path / "run"
+    line = refused(train_stage1.main, [*SMALL, "--iterations", "9", "--out", str(out)], capsys)
+    assert "three iterations in a row were not finite" in line
+    state = [load_file(folder / "student.safetensors") for folder in run.checkpoints(out)]
+    assert len(state) == 2 and same(*state) and all(x.isfinite().all() for x in state[0].values())
+    assert metrics(out)[1]["grad_norm_student"] is None
+
+
+def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch, capsys):
+    """The disk fills while the second checkpoint is written: one line, exit code 1, the first one
+    is whole, and the same command ends as the undisturbed run."""
+    out, save, calls = tmp_path / "run", run.save_file, []
+
+    def full(tensors, path, metadata=None):
+        calls.append(path)
+        if "checkpoint-000002" in str(path) and len(calls) > 7:
+            raise OSError(28, "No space left on device", str(path))
+        save(tensors, path, metadata)
+    monkeypatch.setattr(run, "save_file", full)
+    argv = [*SMALL, "--iterations", "2", "--out", str(out)]
+    with pytest.raises(SystemExit) as stop:
+        train_stage1.main(argv)
+    assert stop.value.code == 1 and "No space left on device" in capsys.readouterr().err
+    assert [folder.name for folder in run.checkpoints(out)] == ["checkpoint-000001"]
+    monkeypatch.setattr(run, "save_file", save)
+    train_stage1.main(argv)
+    assert same(weights(finished), weights(out)) and metrics(finished) == metrics(out)
+
+
+@pytest.mark.parametrize("script, argv, words", [
+    (train_stage1, ["--alpha", "1.1"], "must lie between 0 and 1, not 1.1"),
+    (train_stage1, ["--student-lr", "nan"], "must lie between 0 and 1, not nan"),
+    (train_stage1, ["--steps", "two"], "invalid int value: 'two'"),
+    (train_stage1, ["--form", "x1"], "invalid choice: 'x1'"),
+    (train_stage1, ["--alfa", "1"], "unrecognized arguments: --alfa"),
+    (train_stage1, ["--model", "sd3-big"], "there is no model sd3-big"),
+    (train_stage1, ["--model", "/tmp"], "is no pipeline folder"),
+    (train_stage1, ["--accumulation", "5"], "is not a multiple of --accumulation 5"),
+    (train_stage1, ["--resolution", "33"], "--resolution 33 is not a multiple of 8"),
+    (train_stage1, ["--prompts", "nowhere.txt"], "--prompts nowhere.txt: not a file"),
+    (train_stage1, ["--out", "README.md"], "is a file"),
+    (train_stage2, ["--init", "nowhere"], "there is no run folder nowhere"),
+    (train_stage2, ["--init", "FINISHED2"], "is a run of Stage 2"),
+    (train_stage2, ["--init", "FINISHED", "--cached-blocks", "1-11"], "does not fit"),
+    (train_stage2, ["--init", "FINISHED", "--cached-blocks", "1,2"], "is written first-last"),
+    (train_stage2, ["--init", "FINISHED", "--reference", "FINISHED"], "needs more steps"),
+    (train_stage2, ["--init", "FINISHED", "--references-from", "FINISHED2", "--seed", "5"],
+     "has another seed: 3407, not 5"),
+    (sampler, ["--out", "picture.jpg"], "ends in .png"),
+    (sampler, ["--checkpoint", "tiny", "--out", "x.png"], "settings.json is missing"),
+    (evaluate, ["--model", "sd3-medium", "--checkpoint", "FINISHED"], "real models need"),
+    (evaluate, ["--checkpoint", "FINISHED", "--samples-per-prompt", "1"], "must lie between 2"),
+])
+def test_a_mistake_is_one_line_before_anything_is_written(
+        script, argv, words, finished, finished2, tmp_path, monkeypatch, capsys):
+    """Catches a traceback, and a refusal after the weights were loaded."""
+    known = {"FINISHED": str(finished), "FINISHED2": str(finished2)}
+    argv = [known.get(word, word) for word in argv]
+    for name in ("load_part", "encode_prompts"):
+        monkeypatch.setattr(model, name, lambda *a, **k: pytest.fail("weights were loaded"))
+    if "--out" not in argv:
+        argv += ["--out", str(tmp_path / "out")]
+    assert words in refused(script.main, argv, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tells_what_it_costs_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    """SD3-Medium without a download. Catches a plan that needs the gated weights."""
+    monkeypatch.chdir(tmp_path)
+    train_stage1.main(["--model", "sd3-medium", "--dry-run"])
+    train_stage2.main(["--model", "sd3.5-large", "--dry-run"])
+    text = capsys.readouterr().out
+    assert "2.03 billion parameters" in text and "= 64.9 GB" in text
+    assert "8.06 billion parameters" in text and not list(tmp_path.iterdir())
+
+
+def test_all_that_is_random_comes_from_its_key():
+    """Catches a generator that forgets a part of its key, or the seed."""
+    keys = [(3407, 1, "train"), (3408, 1, "train"), (3407, 2, "train"), (3407, 1, "prompts")]
+    drawn = [torch.rand(4, generator=run.rng(*key)).tolist() for key in [*keys, *keys]]
+    assert drawn[:4] == drawn[4:] and len({tuple(values) for values in drawn}) == 4
+    one, two = sampler.image_noise(1, [3, 4], SHAPE), sampler.image_noise(1, [4], SHAPE)
+    assert torch.equal(one[1], two[0]), "an image's noise depends on its neighbours"
