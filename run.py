@@ -516,10 +516,6 @@ class Run:
             # First of all, so that a kill leaves nothing that looks like somebody else's folder.
             self._write_settings()
             (self.folder / "samples").mkdir(exist_ok=True)
-        # From here on Ctrl-C and SIGTERM only ask: the loop saves after its iteration, and leaves.
-        for number in STOP_SIGNALS:
-            with contextlib.suppress(ValueError):         # not in the main thread
-                signal.signal(number, lambda number, frame: setattr(self, "stop", True))
         iteration = int(gather(torch.tensor([self._newest()]))[0])    # the main process's, for all
         if is_main():
             self._cut_metrics(iteration)
@@ -562,6 +558,10 @@ class Run:
 
     def bar(self, start, what):
         """The iterations that are to come, with a progress bar."""
+        # From here on Ctrl-C and SIGTERM only ask: the loop saves after its iteration, and leaves.
+        for number in STOP_SIGNALS:
+            with contextlib.suppress(ValueError):         # not in the main thread
+                signal.signal(number, lambda number, frame: setattr(self, "stop", True))
         total = self.settings["iterations"]
         return tqdm(range(start, total), initial=start, total=total, desc=what,
                     disable=not is_main())
