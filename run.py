@@ -29,7 +29,6 @@ import signal
 import subprocess
 import sys
 import warnings
-import weakref
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -406,21 +405,17 @@ def versions():
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# What sampler.py, evaluate.py and Stage II read in settings.json, beside further settings.
-NEEDED = {"stage": int, "model": str, "steps": int, "alpha": float, "guidance": float,
-          "latent_shape": list, "finished": int}
-
-
 def read_settings(folder):
-    """The settings.json of a run folder, a dict; UserError when it is missing or not ours."""
+    """The settings.json of a run folder, a dict: all that sampler.py, evaluate.py and Stage II
+    read. UserError when it is missing or not ours."""
     if not Path(folder).is_dir():
         raise UserError(f"there is no run folder {folder}; "
                         "python train_stage1.py makes runs/tiny-stage1")
     settings = read_json(Path(folder) / "settings.json")
-    for name, kind in NEEDED.items():
-        if not isinstance(settings.get(name), (int, float) if kind is float else kind):
-            raise UserError(f"{folder}/settings.json: {name} is {settings.get(name)!r}, not "
-                            f"{kind.__name__}: no run of this code, or one of an older version")
+    needed = {"stage", "model", "steps", "alpha", "guidance", "latent_shape", "finished"}
+    if needed - settings.keys():
+        raise UserError(f"{folder}/settings.json lacks {min(needed - settings.keys())}: it is no "
+                        "run of this code, or one of an older version")
     return settings
 
 
@@ -448,26 +443,32 @@ class Run:
         self.folder, self.settings = Path(folder), settings
         self.stop, self.bad = False, 0
         self.result = 0                                   # iterations of what lies in student/
-        self.replace = False
+        saved = self.folder / "settings.json"
+        self.replace = saved.exists() and overwrite
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{folder} is a file; give --out a folder")
-        saved = self.folder / "settings.json"
-        if saved.exists() and overwrite:
-            self.replace = True
-        elif saved.exists():
+        if saved.exists() and not overwrite:
             before = read_json(saved)
-            self._compare(before)
+            differing = [f"{key} was {before.get(key)}, is {value}"
+                         for key, value in settings.items()
+                         if key not in MAY_CHANGE and before.get(key) != value]
+            if differing:
+                raise UserError(f"{folder} holds a run with other settings "
+                                f"({'; '.join(differing)}); give another --out, or --overwrite to "
+                                "start again")
             self.result = before["finished"]
             if self._newest() > settings["iterations"] > self.result:
                 raise UserError(f"{folder} is at iteration {self._newest()} already; give more "
                                 "--iterations")
-        elif self.folder.exists() and any(
-                path.name != "prompts.safetensors" and not path.name.startswith(".")
-                for path in self.folder.iterdir()):
-            raise UserError(f"{folder} exists and is not a run folder; give --out another name")
+        elif not saved.exists() and self.folder.exists():
+            # A run that was stopped before its networks were loaded has its prompts alone.
+            foreign = [path.name for path in self.folder.iterdir()
+                       if path.name != "prompts.safetensors" and not path.name.startswith(".")]
+            if foreign:
+                raise UserError(f"{folder} exists and is not a run folder, it holds "
+                                f"{min(foreign)}; give --out another name")
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
             if self.replace:
                 (self.folder / "prompts.safetensors").unlink(missing_ok=True)
 
@@ -478,28 +479,6 @@ class Run:
             print(f"{self.folder} is finished; more --iterations continue it, --overwrite starts "
                   "again")
         return done
-
-    def _lock(self):
-        """Keeps other commands out of the folder, until this process ends, however it ends."""
-        with contextlib.suppress(ImportError, FileNotFoundError):     # Windows has no fcntl
-            import fcntl
-            lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_WRONLY)
-            weakref.finalize(self, os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.folder} is in use by another command that is still "
-                                "running; wait for its end or give another --out") from None
-
-    def _compare(self, before):
-        differing = []
-        for key, value in self.settings.items():
-            if key not in MAY_CHANGE and before.get(key) != value:
-                differing.append(f"{key} was {before.get(key)}, is {value}")
-        if differing or "finished" not in before:
-            raise UserError(f"{self.folder} holds a run with other settings "
-                            f"({'; '.join(differing)}); "
-                            "give another --out, or --overwrite to start again")
 
     def _newest(self):
         saved = checkpoints(self.folder)
@@ -540,7 +519,7 @@ class Run:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in ("settings.json", "prompts.safetensors", ".lock"):
+            elif path.name not in ("settings.json", "prompts.safetensors"):
                 path.unlink()
 
     def _write_settings(self):

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from losses import shift_sigma
-from tiny.world import (CAPTIONS, COLOURS, SCENES, SHAPES, SIZE, WORDS, draw, measure, read,
-                        sample_labels, templates)
+from tiny.world import (CAPTIONS, COLOURS, SCENES, SHAPES, SIZE, WORDS, draw, sample_labels,
+                        templates)
 
 SAVE_EVERY = 500      # steps between checkpoints
 
@@ -34,8 +34,6 @@ class Settings:
     teacher_steps: int = option(5000, "MMDiT: steps of batch 128", low=1, high=10**6)
     refine_steps: int = option(3000, "MMDiT: then steps with every sigma alike", low=1, high=10**6)
     backbone_steps: int = option(1000, "vision backbones: steps of batch 128", low=1, high=10**6)
-    report_samples: int = option(32, "samples a caption for the numbers at the end; 0 = none",
-                                 low=0, high=4096)
     overwrite: bool = option(False, "replace --out (checkpoints in --work are always continued)")
     debug: bool = option(False, "show tracebacks")
 
@@ -276,48 +274,6 @@ def make_backbone(name, depths, widths, seed, settings):
     return fit(name, net, loss_at, settings.backbone_steps, 2e-3, settings).backbone.eval()
 
 
-# ================================================================== what it is worth
-
-@torch.inference_mode()
-def report(folder, n, seed):
-    """Prints what the finished teacher is worth: n samples a caption, with and without guidance."""
-    from model import PRESETS, Decoder, Prompts, load_transformer
-    from sampler import image_noise, sample_guided, teacher_sigmas
-    from train_stage1 import TINY
-    preset = dataclasses.replace(PRESETS["tiny"], source=str(folder))
-    captions = torch.arange(len(CAPTIONS)).repeat_interleave(n)           # 24·n
-    prompts = Prompts(preset, CAPTIONS, torch.device("cpu"))
-    net, decode = load_transformer(preset), Decoder(preset, torch.device("cpu"))
-    sigmas, w = teacher_sigmas(preset), TINY["guidance"]
-
-    report_vae(decode.vae, draw(*sample_labels(len(captions), rng(seed, "report"), captions)))
-    for guidance, alpha in ((1.0, 1.0), (w, 1.0), (w, TINY["alpha"])):
-        pictures = []
-        for images in torch.arange(len(captions)).split(128):
-            noise = image_noise(seed, images, (4, 8, 8))
-            latents, passes = sample_guided(net, noise, prompts.take(captions[images]),
-                                            prompts.uncond(len(images)), sigmas, guidance, alpha)
-            pictures.append(decode(latents).clamp(0, 1))
-        found = measure(torch.cat(pictures), captions)
-        print(f"teacher, guidance {guidance:g} for sigma <= {alpha:g}, {passes} passes: "
-              f"caption right {found['correct'].mean():.3f}, "
-              f"usual scene {found['usual'].mean():.3f}, "
-              f"scene entropy {found['scene_entropy'].mean():.3f} (n = {n})")
-
-
-def report_vae(vae, pictures):
-    """Prints how many pictures [B, 3, 32, 32] the exact reader still reads alike after the VAE."""
-    again = []
-    for part in pictures.split(256):
-        latents = vae.encode(part * 2 - 1).latent_dist.mode()
-        again.append(vae.decode(latents).sample / 2 + 0.5)
-    before, after = read(pictures), read(torch.cat(again).clamp(0, 1))
-    same = torch.ones(len(pictures), dtype=torch.bool)
-    for key in ("shape", "colour", "scene"):
-        same &= before[key] == after[key]
-    print(f"VAE: {same.float().mean():.3f} of {len(same)} reconstructions are read right")
-
-
 # ================================================================== command
 
 @command
@@ -346,9 +302,7 @@ def main(argv):
 
     save_whole(out, write)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{out}: {size / 1e6:.1f} MB")
-    if settings.report_samples:
-        report(out, settings.report_samples, settings.seed)
+    print(f"{out}: {size / 1e6:.1f} MB; python evaluate.py says what it is worth")
 
 
 if __name__ == "__main__":
