@@ -14,7 +14,7 @@ adapter that takes the cached path inside a stock pipeline (BlockCache). It impo
 so it can be copied out. What trains f is train_stage2.py; what finds a span is tools/find_span.py.
 
 Dimension key: B batch, C latent channels, H W latent size, T image tokens, L text tokens, D width
-of a token, J and P widths of the text embeddings (model.py says what they are).
+of a token, J and P widths of the two text embeddings, one for each token and one for the prompt.
 """
 
 import torch
@@ -45,7 +45,7 @@ class Compensation(nn.Module):
         self.up = nn.Linear(width, 2 * width)             # W1; hidden width 2·D [official]
         self.down = nn.Linear(2 * width, width)           # W2
         # W2 starts at zero, so f(Δ0) = Δ0: training begins exactly at plain reuse, the known
-        # baseline, and no learning rate has to undo noise first [official].
+        # baseline, and no training is spent on undoing a random start [official].
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
@@ -72,8 +72,8 @@ class CachedSD3(SD3Transformer2DModel):
     """Stable Diffusion 3's transformer (MMDiT) with its forward written out and the cache in it.
 
     Weights, sub-modules and config are the stock class's; only forward is ours, equal to the stock
-    one bit for bit when span is None. All networks of this project are of this class. Saved folders
-    are stock folders (model.save_transformer).
+    one bit for bit when span is None. All transformers that run here are of this class; saved
+    folders are stock folders (model.save_transformer).
 
     What an MMDiT is: two streams of tokens, image and text, with weights of their own, that meet in
     the attention of every block. A block takes (image, text, temb) and returns (text, image): each
@@ -177,7 +177,8 @@ class BlockCache:
     between the calls. The first call of a sample path records it, the steps − 1 calls after it
     reuse it. A call belongs to the path if it brings the same prompt tensor, the same shape and a
     smaller timestep than the one before; any other call begins a path of its own and runs in full.
-    So no picture is made from the residual of another; after a path that was cut short, forget().
+    A path that was cut short must be ended by forget(): a later call with the same prompt tensor
+    and a smaller timestep would take its Δ0.
 
     ValueError for what it cannot do: a span that does not fit, a transformer that is not a stock
     one, has a cache already or is offloaded (make the cache first), or an argument of the call that

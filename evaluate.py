@@ -79,7 +79,7 @@ def resolve(settings):
     """Fills in what was not given and checks what belongs together, before anything is loaded.
     Returns the preset, the prompts and {run folder: its settings}."""
     preset = find_preset(settings.model)
-    tiny_world = preset.captions == "tiny"
+    tiny_world = preset.is_tiny
     fill_in(settings, {"samples_per_prompt": 32 if tiny_world else 4,
                        "batch_size": 128 if tiny_world else 4,
                        "out": f"results/{Path(preset.name).name}"})
@@ -265,7 +265,7 @@ class Rows:
         """Makes one row. recipe tells how its pictures are made; evaluations, how many a picture
         takes, by blocks and by FLOPs; sample(noise, prompt) returns latents [B, C, H, W]."""
         album = Album()
-        if self.preset.captions != "tiny":
+        if not self.preset.is_tiny:
             from tools.real_metrics import FileAlbum
             about = {"row": name, "recipe": recipe, "device": str(self.device), **self.stamp}
             album = FileAlbum(Path(self.settings.out) / "images", name, about)
@@ -463,7 +463,7 @@ def main(argv):
     preset, texts, runs = resolve(settings)
     device, out = pick_device(preset, settings.device), Path(settings.out)
     n = settings.samples_per_prompt
-    tiny_world = preset.captions == "tiny"
+    tiny_world = preset.is_tiny
     leader = next(iter(runs.values()))                    # first run: its w, α guide the teacher
 
     # ------------------------------------------------------------- the protocol

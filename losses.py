@@ -84,7 +84,8 @@ def guidance_weight(sigma, w, alpha):
     # At high noise the layout is decided. Guidance there pulls every sample to the most likely
     # layout, and the student, which only sees the guided teacher, never learns another one. Off at
     # high noise, on below: the layouts stay varied and the details still get their guidance.
-    # α is compared with the shifted σ, inclusive (deviation 1: the paper's own t may be unshifted).
+    # α is compared with the shifted σ, inclusive, as in the official code (deviation 1: the paper's
+    # own t may be unshifted; 0.94 would then mean σ = 0.979).
     return torch.where(torch.as_tensor(sigma) <= alpha, w, 1.0)
 
 
@@ -139,10 +140,12 @@ def _interpolate(x, xs, ys):
 
 
 def step_end(k, sigmas, form="window"):
-    """The level where each sample's step k [B] ends, [B]: σ_k+1, the level after σ_k. sigmas
-    [N + 1] is the student's grid."""
+    """The level where each sample's step k [B] ends, [B]. sigmas [N + 1] is the student's grid.
+
+    form says what is matched (deviation 2): "window", the official code's, the sample at σ_k+1, the
+    level after σ_k; "x0", the paper's figure's, the guess x̂0 of every step, at σ = 0.
+    """
     if form == "x0":
-        # The paper's figure: every step ends at its guess x̂0, at σ = 0 (deviation 2).
         return torch.zeros(len(k))
     return sigmas[k + 1]
 
@@ -163,11 +166,11 @@ def draw_sigma(random, high, low, weights, shift=3.0):
 
     random [B] are uniform numbers in [0, 1); high, low [B] come from judged_between().
     """
-    sigmas = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)        # 1001, falling from 1
+    grid = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)          # 1001, falling from 1
     # 1. Which grid points lie in each sample's window? high belongs to it, low does not; 1e-6 keeps
     #    it so against float error.
-    below_high = sigmas <= high[:, None] + 1e-6                           # B×1001
-    above_low = sigmas > low[:, None] + 1e-6                              # B×1001
+    below_high = grid <= high[:, None] + 1e-6                             # B×1001
+    above_low = grid > low[:, None] + 1e-6                                # B×1001
     inside = below_high & above_low
     assert inside.any(1).all(), "a window without a grid point"
     # 2. Draw one of them with its weight. Three points of weights 1, 2, 1 have the running sums
@@ -178,7 +181,7 @@ def draw_sigma(random, high, low, weights, shift=3.0):
     mark = random[:, None].double() * running[:, -1:]                     # B×1
     # 3. The first grid point whose running sum exceeds the mark. There is one: random is below 1.
     index = torch.searchsorted(running, mark, right=True)[:, 0]
-    return sigmas[index]                                                  # B
+    return grid[index]                                                    # B
 
 
 # ================================================================== Stage I: distribution matching

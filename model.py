@@ -75,9 +75,14 @@ class Preset:
     picture_std: tuple = (0.229, 0.224, 0.225)
 
     @property
+    def is_tiny(self):
+        """Whether it is the miniature, or one made like it."""
+        return self.captions == "tiny"
+
+    @property
     def tokens(self):
         """L, the text tokens of a prompt: 77 of CLIP and T5's, or the miniature's 8."""
-        return 8 if self.captions == "tiny" else 77 + self.text_length
+        return 8 if self.is_tiny else 77 + self.text_length
 
 
 # The three real transformers, as their config.json says it. Nothing here is needed to train them:
@@ -201,7 +206,7 @@ def loading(what, source):
         raise UserError(f"cannot load {what} of {source} ({line}); {advice}") from error
 
 
-def load_part(cls, source, part, dtype, harmless="$^", **others):
+def load_part(cls, source, part, dtype, harmless=None, **others):
     """One network of a pipeline, or of a folder of its own (part None), in eval mode. UserError
     unless its files hold just its tensors: the libraries would fill in what is missing at random
     and drop what they do not know. Names that match the pattern `harmless` may differ."""
@@ -217,7 +222,7 @@ def load_part(cls, source, part, dtype, harmless="$^", **others):
             source, torch_dtype=dtype, variant="fp16" if half_only else None,
             use_safetensors=True, output_loading_info=True, **others)   # a pickle could run code
     odd = [name for name in [*found["missing_keys"], *found["unexpected_keys"]]
-           if not re.match(harmless, name)]
+           if not (harmless and re.match(harmless, name))]
     if odd:
         verb = "lacks" if odd[0] in found["missing_keys"] else "holds a foreign tensor,"
         raise UserError(f"{what} of {source} {verb} {odd[0]} ({len(odd)} tensors in all); copy "
@@ -233,7 +238,7 @@ def pick_device(preset, name=None):
     # The miniature's networks are so small that a GPU waits for Python most of the time: an H200
     # takes as long as two cores. And on a CPU its numbers are those of the docs.
     if not name:
-        name = "cuda" if there["cuda"] and preset.captions != "tiny" else "cpu"
+        name = "cuda" if there["cuda"] and not preset.is_tiny else "cpu"
     if not there[name]:
         raise UserError(f"--device {name}: this PyTorch finds no such device")
     if name == "cuda":
@@ -430,8 +435,8 @@ def load_student(folder, settings, preset, device, spread=False):
 # ================================================================== latents to pictures
 
 class Decoder:
-    """The frozen VAE: latents [B, C, H, W] to pictures [B, 3, 8H, 8W] in [0, 1] (tiny: 4H, 4W).
-    Not clamped, so that gradient flows everywhere."""
+    """The frozen VAE: latents [B, C, H, W] to pictures [B, 3, 8H, 8W] (tiny: 4H, 4W), 0 black and 1
+    white. Not clamped, so that gradient flows everywhere: some values lie a little outside."""
 
     def __init__(self, preset, device, checkpointing=False):
         from diffusers import AutoencoderKL
@@ -447,7 +452,8 @@ class Decoder:
             self.vae.enable_gradient_checkpointing()
 
     def __call__(self, latents):
-        # The transformer works on whitened latents; undo that first. The VAE paints in [−1, 1].
+        # The transformer's latents have mean 0 and deviation 1; undo that first. The VAE paints in
+        # [−1, 1].
         config = self.vae.config
         latents = latents / config.scaling_factor + config.shift_factor
         pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
@@ -635,7 +641,7 @@ GRAMMAR = (
 
 def default_prompts(preset):
     """The miniature's 24 captions, or the built-in grammar's 80 000 prompts (deviation 8)."""
-    if preset.captions == "tiny":
+    if preset.is_tiny:
         from tiny.world import CAPTIONS
         return CAPTIONS
     return [" ".join(words) for words in itertools.product(*GRAMMAR)]
@@ -671,7 +677,7 @@ def choose_prompts(preset, path=None, text=None, pool=None, seed=0):
         texts = [text]
     elif path:
         texts = read_prompts(path)
-    if preset.captions == "tiny":
+    if preset.is_tiny:
         from tiny.world import WORDS
         unknown = {word for text in texts for word in text.lower().split()} - WORDS
         if unknown:

@@ -80,8 +80,8 @@ def roll_out(student, x, prompt, sigmas, span=None, f=None):
     is a full one.
     """
     # Training and inference both come here: Stage II learns on exactly the path that is used later
-    # (paper: "inference-consistent"). It stops before the last step, which it takes with gradient
-    # (train_stage2.last_step).
+    # (paper: "inference-consistent"). It passes sigmas[:-1] and takes the last step itself, with
+    # gradient (train_stage2.last_step).
     latents, velocities = [x], []
     # Step one has no Δ0 yet: it runs every block and records one, for each picture anew. From step
     # two on the span is skipped, and the same Δ0 comes back unchanged for the step after. So two
@@ -141,12 +141,13 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):
 # ================================================================== pictures
 
 class Gallery:
-    """The sample grid of a training run: always the same prompts (rows) and noises (columns)."""
+    """The sample grid of a training run: a row for each of some prompts, with noises of its own,
+    always the same."""
 
     def __init__(self, preset, prompts):
         # The same rows in every run and at every step: two grids differ only in the student.
         self.prompts = prompts
-        self.size = 8 if preset.captions == "tiny" else 4
+        self.size = 8 if preset.is_tiny else 4
         self.rows = torch.randperm(len(prompts), generator=rng(0, "gallery"))[:self.size]
 
     def save(self, path, student, decode, shape, sigmas, span=None, f=None):
@@ -215,7 +216,7 @@ def main(argv):
     preset = find_preset(trained["model"])
     device = pick_device(preset, settings.device)
     texts = choose_prompts(preset, settings.prompts, settings.prompt)
-    if not settings.prompt and not settings.prompts and preset.captions != "tiny":
+    if not settings.prompt and not settings.prompts and not preset.is_tiny:
         texts = texts[:4]                                 # of the grammar's 80,000
 
     prompts = Prompts(preset, texts, device)

@@ -12,14 +12,21 @@ the official code, which matches each step within its own window of noise levels
   2. fake score  learns by flow matching on the student's samples
   3. student     one of its steps, with gradient; the loss moves it to where the teacher points and
                  away from where the fake score points
-Gradient: turn 2 moves the fake score alone, on samples that are held fixed. Turn 3 moves the
-student alone, through the sample of that one step; what the two others say of it is held fixed.
+Gradient: 2 moves the fake score alone, on samples that are held fixed. 3 moves the student alone,
+through the sample of that one step; what the two others say of it is held fixed. One update of the
+fake score for each of the student's, and no moving average of weights [official].
 
 The teacher's guidance follows Eq. 4. Not here: the mathematics (losses.py), the cache and the
 adversarial stage (cache.py, train_stage2.py).
 
-Dimension key: B batch, C latent channels, H W latent size, N student steps. Latents are
-[B, C, H, W].
+Three calls from other files carry it:
+  velocity(net, x, sigma, prompt)             (v, Δ0), one pass; Δ0 is the cache's, None here
+  guided_velocity(teacher, x, …)              v of the teacher by Eq. 4
+  roll_out(student, noise, prompt, sigmas)    (latents, velocities, Δ0) of all its steps
+prompt and uncond are pairs of tensors: embeds [B, L, J] and pooled [B, P] (model.py).
+
+Dimension key: B batch, C latent channels, H W latent size, N student steps, L J P text (model.py).
+Latents are [B, C, H, W].
 """
 
 import dataclasses
@@ -75,7 +82,7 @@ TINY = dict(                    # [ours] all by trial, so that a laptop does it 
     batch_size=32,
     student_lr=1e-4,
     fake_lr=4e-4,
-    alpha=0.94,
+    alpha=0.94,                 # [paper, second hand]
     guidance=4.0,               # enough to amplify a caption's usual scene
     pool=24,                    # all captions of the miniature world
     checkpoint_every=100,
@@ -102,7 +109,7 @@ def resolve(settings):
     """Fills in what was not given and checks what belongs together, before anything is loaded.
     Returns the preset, the transformer's config, the latent shape [C, H, W] and the prompts."""
     preset = find_preset(settings.model)
-    fill_in(settings, TINY if preset.captions == "tiny" else SD3)
+    fill_in(settings, TINY if preset.is_tiny else SD3)
     settings.model = preset.name                                # a folder's whole path
     settings.out = settings.out or f"runs/{Path(preset.name).name}-stage1"
     settings.check_batch()
@@ -146,10 +153,10 @@ def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     # on the line from x_k to x̂0.
     x0 = x0_from_velocity(x_k, sigmas[k], v_k)
     p = euler(x_k, v_k, sigmas[k], sigma_end)
-    # Fresh noise brings p from its own level σ_k+1 up to a level σ inside the step's window. Not
-    # x̂0 from 0, as in the paper's figure (deviation 2): the sample that the next step starts from
-    # is p, which still holds noise, so p is what has to be right. (In the last step σ_k+1 is 0 and
-    # p is x̂0; with --form x0 that is so in every step.)
+    # Fresh noise brings p from its own level σ_k+1 up to a level σ inside the step's window. (The
+    # paper's figure re-noises x̂0, from level 0: deviation 2.) The next step starts from p, which
+    # still holds noise, so p is what has to be right. In the last step σ_k+1 is 0 and p is x̂0; with
+    # --form x0 that is so in every step.
     x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
     # The fake score learns which velocity leads from there to x̂0. So it comes to know where the
     # student goes from each noise level, as the teacher knows it of real pictures.
@@ -215,7 +222,7 @@ def draw_batch(i, settings, shape, sigmas, texts):
     draws["sigma_student"] = draw_sigma(torch.rand(B, generator=g),
                                         *judged_between(k, sigmas, settings.form),
                                         importance_curve(settings.importance))
-    # The prompts, from a generator of their own: draws that a fork adds above do not shift them.
+    # The prompts, from a generator of their own: draws that you add above do not shift them.
     draws["prompt"] = torch.randint(len(texts), (B,), generator=rng(settings.seed, i, "prompts"))
     draws = {name: my_rows(values) for name, values in draws.items()}
     # The noises: where the roll-out starts, and with what the two turns re-noise. They are large,
@@ -282,6 +289,7 @@ def main(argv):
             (loss / len(parts)).backward()                      # mean of parts = mean of the batch
             paths.append(path)
             losses_fake.append(loss.detach())
+        # Clips the gradients, takes the step and clears them (run.py).
         norm_fake = clip_and_step([optimizers["fake_score"]], CLIP_FAKE)
 
         # ---- 3. the student moves along teacher minus fake score
@@ -313,7 +321,7 @@ def main(argv):
         run.checkpoint(done, networks, optimizers)              # where due; Ctrl-C ends it here
 
     # ------------------------------------------------------------- the result
-    save_transformer(student, run.folder / "student", half=preset.captions != "tiny")
+    save_transformer(student, run.folder / "student", half=not preset.is_tiny)
     run.finish()
     print(f"{run.folder}/student: {settings.steps} steps, {time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
@@ -327,7 +335,7 @@ def measure(gap, sigma, x0, sigmas, alpha):
     and sigma [B] of the student's turn, x0 [B, C, H, W] the end of its path."""
     metrics = {"gap": gap.mean().item()}
     # |v_teacher − v_fake| by re-noise level: above α, where nobody is guided, the gap starts small.
-    # The other edges are the ends of the steps. A bin that holds no sample is null in the log.
+    # Other edges are 0.5 and the ends of the steps. A bin that holds no sample is null in the log.
     edges = sorted({0.0, 0.5, alpha, 1.0, *sigmas.tolist()})
     for low, high in itertools.pairwise(edges):
         inside = (sigma > low) & (sigma <= high)

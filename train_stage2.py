@@ -1,7 +1,7 @@
 """Stage II of 1.x-Distill: detail, by an adversarial loss on exactly the path that inference takes.
 
     python train_stage2.py                        # continues runs/tiny-stage1, minutes on a CPU
-    python train_stage2.py --cached-blocks none   # the paper's "SFD": no cache, any number of steps
+    python train_stage2.py --cached-blocks none   # no cache: the paper's few-step students, "SFD"
     torchrun --nproc-per-node 8 train_stage2.py --model sd3.5-large
 
 Step one runs in full and without gradient; it records Δ0 (cache.py). Step two skips the cached
@@ -15,7 +15,8 @@ no outside image is needed. The order of the script:
   warm-up         the generator's early turns move f alone, its later ones student and f
 Gradient: in the discriminator's turns it reaches its heads alone. In the generator's it flows from
 the heads back through the frozen backbone and the frozen VAE into step two, that is into f and the
-blocks that ran there; not into the skipped blocks, Δ0 or step one.
+blocks that ran there; not into the skipped blocks, Δ0 or step one. (Step one runs with the same
+weights, so it moves with them, and no loss looks at it [official].)
 
 Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],
 pictures [B, 3, 8H, 8W] (tiny: 4H, 4W) in [0, 1]. D and G: discriminator and generator.
@@ -85,10 +86,10 @@ TINY = dict(                    # [ours] all by trial, so that a laptop does it 
 SD3 = dict(
     iterations=4000,            # [official] D and G together
     batch_size=32,              # [official] 8 GPUs × 1 × accumulation 4
-    student_lr=1e-5,            # [official] for LoRA
+    student_lr=1e-5,            # [official] for LoRA; its config advises less for all weights
     compensation_lr=1e-3,       # [official]
     discriminator_lr=1e-5,      # [official]
-    warmup=500,                 # [paper, second hand]; [official] 1000
+    warmup=500,                 # [paper, second hand]; [official] 1000; D's turns count, too
     pool=2048,                  # [ours] 2.7 MB of host memory each; [official] 100 000
     checkpoint_every=100,       # [official]
     sample_every=200,           # [ours]
@@ -96,7 +97,7 @@ SD3 = dict(
 BETAS = (0.9, 0.95)             # [official] all three; [paper, second hand] too
 WEIGHT_DECAY = 1e-4             # [official]
 CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly; D: none
-D_ONLY = 50                     # [official] no turn of the generator before this one
+D_ONLY = 50                     # [official] no turn of G before this one; the first is 51
 D_PER_G = 2                     # [official] turns of the discriminator for each of the generator
 
 
@@ -115,7 +116,7 @@ def resolve(settings):
     Returns the preset, the transformer's config, the settings of the Stage I run, the span (n, m)
     or None, and the prompts."""
     preset = find_preset(settings.model)
-    fill_in(settings, TINY if preset.captions == "tiny" else SD3)
+    fill_in(settings, TINY if preset.is_tiny else SD3)
     fill_in(settings, {"cached_blocks": preset.cached_blocks})
     if settings.discriminator:
         preset = dataclasses.replace(preset, discriminator=settings.discriminator)
@@ -133,34 +134,34 @@ def resolve(settings):
     # Where to start: a Stage I run of the same base model.
     if settings.dry_run and not Path(settings.init).exists():   # before Stage I has run
         side = config["sample_size"]
-        init = {"stage": 1, "model": preset.name, "steps": 2,
+        stage1 = {"stage": 1, "model": preset.name, "steps": 2,
                 "latent_shape": [config["in_channels"], side, side]}
     else:
-        init = read_settings(settings.init)
-    if init["stage"] != 1 or init["model"] != preset.name:
-        raise UserError(f"{settings.init} is a run of Stage {init['stage']} from {init['model']}; "
-                        f"--init takes one of Stage I from {preset.name}")
+        stage1 = read_settings(settings.init)
+    if stage1["stage"] != 1 or stage1["model"] != preset.name:
+        raise UserError(f"{settings.init} is a run of Stage {stage1['stage']} from "
+                        f"{stage1['model']}; --init takes one of Stage I from {preset.name}")
     # Who makes the references must be better than the student, or D teaches nothing new.
     if settings.reference != "teacher":
         other = read_settings(settings.reference)
-        if other["steps"] <= init["steps"] or [other["model"], other["latent_shape"]] != [
-                init["model"], init["latent_shape"]]:
+        if other["steps"] <= stage1["steps"] or [other["model"], other["latent_shape"]] != [
+                stage1["model"], stage1["latent_shape"]]:
             raise UserError(f"--reference {settings.reference} needs more steps than --init "
                             f"{settings.init}, and the same base model and picture size")
     # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
     if settings.references_from:
-        other, own = read_settings(settings.references_from), {**init, **vars(settings)}
+        other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
         for name in ("model", "prompts", "pool", "seed", "references", "latent_shape"):
             if other.get(name) != own[name]:
                 raise UserError(f"--references-from {settings.references_from} has another {name}: "
                                 f"{other.get(name)}, not {own[name]}")
     # Which blocks step two skips.
     if settings.cached_blocks == "none":
-        return preset, config, init, None, texts
-    if init["steps"] < 2:
+        return preset, config, stage1, None, texts
+    if stage1["steps"] < 2:
         raise UserError(f"{settings.init} has one step; a cache needs a second one: "
                         "--cached-blocks none")
-    return preset, config, init, parse_span(settings.cached_blocks, config["num_layers"]), texts
+    return preset, config, stage1, parse_span(settings.cached_blocks, config["num_layers"]), texts
 
 
 # ================================================================== the two kinds of turns
@@ -202,23 +203,26 @@ def generator_turn(discriminator, decode, latents):
 
 
 def draw_batch(i, settings, reference_prompts, texts):
-    """Which noises and prompts iteration i takes, as indices {"noise": [B], "prompt": [B]}, for the
-    whole batch. They depend on (seed, i) alone. reference_prompts [R] are the references'."""
+    """Which noises and prompts iteration i takes, as numbers {"noise_number": [B], "prompt": [B]}:
+    this process's rows of the global batch. They depend on (seed, i) alone. reference_prompts [R]
+    are the references'."""
     B, R = settings.batch_size, settings.references
     g = rng(settings.seed, i, "batch")
     if turn_of(i) == "discriminator":
         # Noises 0 … R − 1 have a reference picture: same prompt, same noise (official).
-        noise = torch.randint(R, (B,), generator=g)
-        return {"noise": noise, "prompt": reference_prompts[noise]}
-    # The generator needs no reference. It takes fresh noises, a new one each time, or student and f
-    # would learn the R pairs by heart.
-    noise = torch.arange(R + i * B, R + (i + 1) * B)
-    return {"noise": noise, "prompt": torch.randint(len(texts), (B,), generator=g)}
+        number = torch.randint(R, (B,), generator=g)
+        prompt = reference_prompts[number]
+    else:
+        # The generator needs no reference. It takes fresh noises, a new one each time, or student
+        # and f would learn the R pairs by heart.
+        number = torch.arange(R + i * B, R + (i + 1) * B)
+        prompt = torch.randint(len(texts), (B,), generator=g)
+    return {"noise_number": my_rows(number), "prompt": my_rows(prompt)}
 
 
 # ================================================================== references, made once
 
-def find_references(run, settings, preset, init, prompts, reference_prompts, decode):
+def find_references(run, settings, preset, stage1, prompts, reference_prompts, decode):
     """The reference pictures, uint8 [R, 3, 8H, 8W]: the run's own, another run's, or made now."""
     file = run.folder / "references.safetensors"
     if file.exists():
@@ -227,13 +231,13 @@ def find_references(run, settings, preset, init, prompts, reference_prompts, dec
         other = Path(settings.references_from) / "references.safetensors"
         pictures = load_file(other)["pictures"]
     else:
-        pictures = gather(make_references(settings, preset, init, prompts, reference_prompts,
+        pictures = gather(make_references(settings, preset, stage1, prompts, reference_prompts,
                                           decode))
     run.save("references", {"pictures": pictures})
     return pictures
 
 
-def make_references(settings, preset, init, prompts, reference_prompts, decode):
+def make_references(settings, preset, stage1, prompts, reference_prompts, decode):
     """This process's rows of the reference pictures, uint8 [R, 3, 8H, 8W], of training noises
     0 … R − 1 (deviation 10).
 
@@ -242,10 +246,10 @@ def make_references(settings, preset, init, prompts, reference_prompts, decode):
     imitate the same teacher. (Measured in docs/EXPERIMENTS.md, 5: references without guidance cost
     the student ten points of accuracy, those guided at all levels a little variety.)
     """
-    device, shape = prompts.device, init["latent_shape"]
+    device, shape = prompts.device, stage1["latent_shape"]
     if settings.reference == "teacher":
         maker = load_transformer(preset, frozen_on=device).to(device)
-        sigmas, w = teacher_sigmas(preset), init["guidance"]
+        sigmas, w = teacher_sigmas(preset), stage1["guidance"]
     else:                                                 # a student has learnt its guidance
         other = read_settings(settings.reference)
         maker, _, _ = load_student(settings.reference, other, preset, device)
@@ -253,13 +257,13 @@ def make_references(settings, preset, init, prompts, reference_prompts, decode):
     # Whole networks here, not sharded: each process makes its rows without waiting for the others.
     mine = my_rows(torch.arange(settings.references))
     pictures = []
-    for part in tqdm(mine.split(128 if preset.captions == "tiny" else 4), desc="references"):
+    for part in tqdm(mine.split(128 if preset.is_tiny else 4), desc="references"):
         # The noise is the one that the student will start from, as in the official code. So
         # reference and picture usually show the same layout, and what tells them apart is detail.
         x = image_noise(settings.seed, part, shape, "training").to(device)
         prompt, uncond = prompts.take(reference_prompts[part]), prompts.uncond(len(x))
         with torch.inference_mode():
-            x, _ = sample_guided(maker, x, prompt, uncond, sigmas, w, init["alpha"])
+            x, _ = sample_guided(maker, x, prompt, uncond, sigmas, w, stage1["alpha"])
             # Decoded now, one by one: the picture of a 1024² latent costs more than a pass of the
             # transformer, and D looks at each reference about 110 times (miniature: 20). Clamped
             # and 8-bit, as a picture in a file; the student's, which carry gradient, are not.
@@ -273,9 +277,9 @@ def make_references(settings, preset, init, prompts, reference_prompts, decode):
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "train_stage2.py", __doc__.split("\n\n")[0])
-    preset, config, init, span, texts = resolve(settings)
+    preset, config, stage1, span, texts = resolve(settings)
     print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
-    steps, shape = init["steps"], init["latent_shape"]
+    steps, shape = stage1["steps"], stage1["latent_shape"]
     if settings.dry_run:
         # The roll-out; every third turn, G's, a backward pass of the last step, which counts two.
         # The VAE and the discriminator's backbone come on top.
@@ -285,7 +289,7 @@ def main(argv):
         return
     device = pick_device(preset, settings.device)
     run = Run(settings.out, {"stage": 2, **vars(settings), "latent_shape": shape, "steps": steps,
-                             "alpha": init["alpha"], "guidance": init["guidance"]}, device,
+                             "alpha": stage1["alpha"], "guidance": stage1["guidance"]}, device,
               settings.overwrite)
     if run.finished():
         return
@@ -294,7 +298,7 @@ def main(argv):
     # No fake score any more, and the teacher only while it makes the references: Stage II needs far
     # less memory than Stage I.
     prompts = Prompts(preset, texts, device, [run.folder, settings.init])   # frees the encoders
-    student, _, _ = load_student(settings.init, init, preset, torch.device("cpu"), spread=True)
+    student, _, _ = load_student(settings.init, stage1, preset, torch.device("cpu"), spread=True)
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
     if span and not settings.no_compensation:
@@ -315,9 +319,8 @@ def main(argv):
     if f is not None:
         networks["compensation"] = f
         optimizers["compensation"] = adamw(f, settings.compensation_lr, BETAS, WEIGHT_DECAY)
-    # The generator is student and f together: they share one gradient norm, as in the official
-    # code.
-    generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
+    # The generator is student and f together: they share one gradient norm [official].
+    of_generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
     start = run.restore(networks, optimizers)             # 0, or where a run was interrupted
     sigmas = sigma_grid(steps)                            # 1, 0.75, 0
     gallery = Gallery(preset, prompts)
@@ -325,22 +328,21 @@ def main(argv):
     # ------------------------------------------------------------- references, made once
     reference_prompts = torch.randint(len(texts), (settings.references,),
                                       generator=rng(settings.seed, "references"))       # R
-    references = find_references(run, settings, preset, init, prompts, reference_prompts,
+    references = find_references(run, settings, preset, stage1, prompts, reference_prompts,
                                  decode)                  # R×3×8H×8W, uint8
 
     # ------------------------------------------------------------- train
     begun = time.perf_counter()
-    metrics = {}                                          # since the last line; of the last part
+    metrics = {}                                          # of the newest turn of each kind
     bar = run.bar(start, "stage 2")
     for i in bar:
         turn = turn_of(i)
         draws = draw_batch(i, settings, reference_prompts, texts)
-        parts = micro_batches({name: my_rows(numbers) for name, numbers in draws.items()},
-                              settings.accumulation)
+        parts = micro_batches(draws, settings.accumulation)
         for part in parts:
             # ---- 1. the steps before the last, without gradient: the first in full, recording Δ0
             #      (with more than two steps those in between are cached)
-            noise = image_noise(settings.seed, part["noise"], shape, "training").to(device)
+            noise = image_noise(settings.seed, part["noise_number"], shape, "training").to(device)
             prompt = prompts.take(part["prompt"])
             with torch.no_grad():
                 latents, _, delta = roll_out(student, noise, prompt, sigmas[:-1], span, f)
@@ -353,7 +355,7 @@ def main(argv):
                 # ---- 2. D: the student's picture as inference makes it, against its reference
                 with torch.no_grad():
                     picture = decode(last_step(student, x, prompt, sigmas, span, delta, f))
-                reference = references[part["noise"]].to(device) / 255
+                reference = references[part["noise_number"]].to(device) / 255
                 loss, ranks = discriminator_turn(discriminator, picture, reference)
                 metrics |= {"loss_d": loss.item(), "d_ranks": ranks.item()}
             else:
@@ -369,7 +371,9 @@ def main(argv):
         else:
             # Warm-up [paper, second hand]: f alone. Otherwise the student would adapt to errors
             # that f, which still is plain reuse, will soon remove by itself.
-            learners = [optimizers["compensation"]] if i < settings.warmup else generator
+            learners = of_generator
+            if i < settings.warmup:
+                learners = [optimizers["compensation"]]
             norm = clip_and_step(learners, CLIP_GENERATOR)
         metrics["norm_d" if turn == "discriminator" else "norm_g"] = norm
         # G's loss leaves gradients in the heads, and in the student during the warm-up: nobody may
@@ -398,7 +402,7 @@ def main(argv):
     # f has a file of its own: a stock transformer folder would drop it with a mere warning.
     if f is not None:
         run.save("compensation", f.state_dict())
-    save_transformer(student, run.folder / "student", preset.captions != "tiny", settings.lora_rank)
+    save_transformer(student, run.folder / "student", not preset.is_tiny, settings.lora_rank)
     run.finish()
     evaluations = nfe(steps, span, len(student.transformer_blocks))
     print(f"{run.folder}: {evaluations:.3f} network evaluations, "

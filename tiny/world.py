@@ -23,7 +23,7 @@ COLOURS = {"red": (0.90, 0.12, 0.12), "green": (0.10, 0.62, 0.20), "blue": (0.12
            "yellow": (1.00, 0.88, 0.10), "purple": (0.60, 0.15, 0.75), "white": (1.00, 1.00, 1.00)}
 SCENES = ("day", "beach", "night", "dusk")
 RADII = (6, 7, 8)                     # of the shapes, in pixels
-P_USUAL, P_OTHER = 0.55, 0.15         # probability of a shape's usual scene and of each other one
+P_USUAL = 0.55                        # of a shape's usual scene; each of the three others 0.15
 CAPTIONS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]  # 24: shape·6 + colour
 WORDS = {word for caption in CAPTIONS for word in caption.split()}
 
