@@ -221,12 +221,12 @@ def load_part(cls, source, part, dtype, harmless=None, **others):
         net, found = cls.from_pretrained(
             source, torch_dtype=dtype, variant="fp16" if half_only else None,
             use_safetensors=True, output_loading_info=True, **others)   # a pickle could run code
-    odd = [name for name in [*found["missing_keys"], *found["unexpected_keys"]]
-           if not (harmless and re.match(harmless, name))]
-    if odd:
-        verb = "lacks" if odd[0] in found["missing_keys"] else "holds a foreign tensor,"
-        raise UserError(f"{what} of {source} {verb} {odd[0]} ({len(odd)} tensors in all); copy "
-                        "its files again, or save it with save_pretrained, adapters merged")
+    for verb, names in (("lacks the tensor", found["missing_keys"]),
+                        ("holds a foreign tensor,", found["unexpected_keys"])):
+        odd = sorted(name for name in names if not (harmless and re.match(harmless, name)))
+        if odd:
+            raise UserError(f"{what} of {source} {verb} {odd[0]}; copy its files again, or save it "
+                            "with save_pretrained, adapters merged")
     return net.eval()
 
 

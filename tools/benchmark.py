@@ -59,7 +59,7 @@ def time_transformer(net, x, prompt, span, f, rounds):
     """Median seconds of one forward, a guided one, two steps and 1.67 at latents x [1, C, H, W]."""
     # A guided step is two evaluations. As one batch of two it may cost less than two calls.
     x_twice = torch.cat([x, x])                                           # 2×C×H×W
-    prompt_twice = [torch.cat([part, part]) for part in prompt]
+    prompt_twice = [torch.cat([part, part]) for part in prompt]           # embeds, pooled
     sigmas = sigma_grid(2)                                                # 1, 0.75, 0
     paths = {"one": lambda: velocity(net, x, 0.75, prompt),
              "guided": lambda: velocity(net, x_twice, 0.75, prompt_twice),
@@ -117,7 +117,7 @@ def main(argv):
 
     net = place(load_transformer(preset, frozen_on=device), device, settings.compile)
     dtype, side = net.dtype, config["sample_size"]
-    f = make_compensation(net.inner_dim).to(device, dtype)
+    f = make_compensation(net.inner_dim).to(device, dtype)            # untrained: as slow
     # Nobody looks at these pictures, so the prompt is noise: no text encoder is needed.
     x = torch.randn(1, config["in_channels"], side, side, device=device)
     embeds = torch.randn(1, preset.tokens, config["joint_attention_dim"], device=device)

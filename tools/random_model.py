@@ -9,16 +9,13 @@ pictures show nothing.
 
 True are the transformer, the VAE, the backbone of the discriminator and the shape of an encoded
 prompt, 77 + 256 tokens of width 4096. The text encoders are true in width alone: they run once for
-each prompt, before the networks are loaded, so two layers do. All weights are in half precision, as
-on the hub.
+each prompt, so two layers do. All weights are in half precision, as on the hub.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
-from tools.settings import UserError, command, option, parse_settings
-from run import save_whole
+from run import UserError, command, option, parse_settings, save_whole
 
 import torch
 
@@ -46,60 +43,20 @@ class Settings:
     out: str = option(None, "folder to write (default: models/random-MODEL)")
     blocks: int = option(None, "fewer blocks than the model has", low=2, high=100)
     size: int = option(None, "latent pixels of a side (default: the model's 128)", low=2, high=192)
-    seed: int = option(0, "seed of the weights", low=0, high=2**31 - 1)
-    overwrite: bool = option(False, "replace --out")
     debug: bool = option(False, "show tracebacks")
 
 
-# ================================================================== the networks
+# ================================================================== text
 
-def save_half(network, folder):
-    """Writes a network in half precision, as the hub has it."""
-    network.half().save_pretrained(folder)
-
-
-def save_vae(folder):
-    """Writes SD3's VAE. tools/plan.py uses it and the next one, too: it plans without a
-    download."""
-    from diffusers import AutoencoderKL
-    save_half(AutoencoderKL(**SD3_VAE), folder)
-
-
-def save_backbone(folder):
-    """Writes a ConvNeXtV2-base, the backbone of the discriminator."""
-    from transformers import ConvNextV2Backbone, ConvNextV2Config
-    save_half(ConvNextV2Backbone(ConvNextV2Config(**CONVNEXT_BASE)), folder)
-
-
-def save_random_transformer(config, folder):
-    """Writes the transformer of a config, made in half precision: that of SD3.5-Large would take 32
-    GB in fp32."""
-    from diffusers import SD3Transformer2DModel
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        net = SD3Transformer2DModel(**config)
-    finally:
-        torch.set_default_dtype(before)
-    save_half(net, folder)
-
-
-# ================================================================== tokenizers
-
-def clip_tokenizer(folder):
-    """A CLIPTokenizer of 77 tokens without a merge: each byte of a prompt is a token. Its two files
-    are written to folder first, since it is made from files."""
+def clip_tokenizer():
+    """A CLIPTokenizer of 77 tokens without a merge: each byte of a prompt is a token."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
     letters = sorted(ByteLevel.alphabet())                # CLIP's names of the 256 bytes
     ends = [letter + "</w>" for letter in letters]        # the same bytes at the end of a word
     pieces = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
-                         model_max_length=77)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
 def t5_tokenizer():
@@ -114,74 +71,67 @@ def t5_tokenizer():
                        model_max_length=512)
 
 
-# ================================================================== text encoders
-
-def save_clip(tokenizer, width, heads, folder):
-    """Writes a small CLIP text encoder with projection, hidden states of `width`."""
+def clip_encoder(tokenizer, width, heads):
+    """A small CLIP text encoder with projection, hidden states of `width`."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-    save_half(CLIPTextModelWithProjection(CLIPTextConfig(
+    return CLIPTextModelWithProjection(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, projection_dim=width,
         intermediate_size=width, num_hidden_layers=LAYERS, num_attention_heads=heads,
         max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)), folder)
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
-def save_t5(tokenizer, folder):
-    """Writes a T5 encoder of true width with one narrow layer."""
+def t5_encoder(tokenizer):
+    """A T5 encoder of true width with one narrow layer."""
     from transformers import T5Config, T5EncoderModel
-    save_half(T5EncoderModel(T5Config(
+    return T5EncoderModel(T5Config(
         vocab_size=len(tokenizer), d_model=T5_WIDTH, num_layers=1, num_heads=4, d_kv=64, d_ff=256,
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
-        decoder_start_token_id=0)), folder)
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
 
 
 # ================================================================== the folder
 
-def write_pipeline(folder, config, seed):
-    """Writes all parts and the model_index.json that names their classes, as a stock pipeline
-    saves them. One network at a time is in memory."""
-    import diffusers
-    torch.manual_seed(seed)
-    save_random_transformer(config, folder / "transformer")
-    save_vae(folder / "vae")
-    save_backbone(folder / "discriminator_backbone")      # model.find_preset looks for it there
-    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+def random_transformer(config):
+    """The transformer of a config, made in half precision: SD3.5-Large would take 32 GB in fp32."""
+    from diffusers import SD3Transformer2DModel
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        return SD3Transformer2DModel(**config)
+    finally:
+        torch.set_default_dtype(before)
 
-    clip, t5 = clip_tokenizer(folder / "tokenizer"), t5_tokenizer()
-    clip.save_pretrained(folder / "tokenizer")
-    clip.save_pretrained(folder / "tokenizer_2")
-    t5.save_pretrained(folder / "tokenizer_3")
-    for name, (width, heads) in zip(("text_encoder", "text_encoder_2"), CLIP_WIDTHS, strict=True):
-        save_clip(clip, width, heads, folder / name)
-    save_t5(t5, folder / "text_encoder_3")
 
-    clip_class = ["transformers", "CLIPTextModelWithProjection"]
-    index = {
-        "_class_name": "StableDiffusion3Pipeline", "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": clip_class, "text_encoder_2": clip_class,
-        "text_encoder_3": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "tokenizer_3": ["transformers", "T5Tokenizer"],
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"]}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+def write_pipeline(folder, config):
+    """Writes a stock pipeline and, beside it, the discriminator's backbone."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import ConvNextV2Backbone, ConvNextV2Config
+    torch.manual_seed(0)                                  # the same folder for everybody
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    pipe = StableDiffusion3Pipeline(
+        transformer=random_transformer(config), vae=AutoencoderKL(**SD3_VAE),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip_encoder(clip, *CLIP_WIDTHS[0]), tokenizer=clip,
+        text_encoder_2=clip_encoder(clip, *CLIP_WIDTHS[1]), tokenizer_2=clip,
+        text_encoder_3=t5_encoder(t5), tokenizer_3=t5)
+    pipe.to(torch.float16).save_pretrained(folder)
+    backbone = ConvNextV2Backbone(ConvNextV2Config(**CONVNEXT_BASE))
+    backbone.half().save_pretrained(folder / "discriminator_backbone")    # as find_preset wants it
 
 
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "-m tools.random_model", __doc__.split("\n\n")[0])
     out = Path(settings.out or f"models/random-{settings.model}")
-    if out.exists() and not settings.overwrite:
-        raise UserError(f"{out} exists; give --out another folder, or --overwrite")
+    if out.exists():
+        raise UserError(f"{out} exists; give --out another folder, or delete it")
     config = dict(PRESETS[settings.model].architecture)
     config["num_layers"] = settings.blocks or config["num_layers"]
     config["sample_size"] = settings.size or config["sample_size"]
     if "dual_attention_layers" in config:                 # SD3.5-Medium: only blocks that exist
         config["dual_attention_layers"] = tuple(
             i for i in config["dual_attention_layers"] if i < config["num_layers"])
-    save_whole(out, lambda folder: write_pipeline(folder, config, settings.seed))
+    save_whole(out, lambda folder: write_pipeline(folder, config))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {config['num_layers']} blocks, {size / 1e9:.2f} GB")
 

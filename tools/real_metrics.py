@@ -15,16 +15,16 @@ Dimension key: n pictures of one prompt, F features. Pictures [n, 3, H, W] lie i
 """
 
 import contextlib
-import os
 import re
+
+from run import UserError, read_json, replace_file, write_json
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tools.settings import UserError
-from run import read_json, write_json
+from model import load_part, loading
 
 CLIP = "openai/clip-vit-large-patch14"                            # [ours]
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -36,48 +36,30 @@ LPIPS_PAIRS = 32        # [ours] pairs at a time, to bound the memory
 
 # ================================================================== the meter
 
-@contextlib.contextmanager
-def foreign(cls, source):
-    """Turns whatever a folder or hub id of strangers raises into one line that says what to do."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # there are as many ways to fail as there are classes
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"cannot load a {cls.__name__} from {source} ({line}); it must be a folder "
-                        "or a hub id with .safetensors weights: pickles are never "
-                        "opened") from error
-
-
 class RealMeter(torch.nn.Module):
-    """Looks at the pictures of one prompt. load_network is evaluate.py's: passed in, because
-    evaluate.py imports this file.
+    """Looks at the pictures of one prompt. clip, pickscore and dino are folders or hub ids.
 
     resize tells how each network is shown the pictures; missing, why a column stays empty.
     """
 
-    def __init__(self, load_network, clip=None, pickscore=None, dino=None):
+    def __init__(self, clip=None, pickscore=None, dino=None):
         super().__init__()
         from transformers import BitImageProcessor, CLIPModel, CLIPProcessor, Dinov2Model
-        from transformers.utils import logging
-        logging.disable_progress_bar()
-        for name, cls, source in (("clip", CLIPModel, clip or CLIP),
-                                  ("pickscore", CLIPModel, pickscore or PICKSCORE),
-                                  ("dino", Dinov2Model, dino or DINO)):
-            with foreign(cls, source):
-                self.add_module(name, load_network(cls, source))
-        # Each network was trained on pictures of its own size and colour scale; its processor knows
-        # them. Scores change with the resizing, so the protocol in results.json names it.
-        self.processors, self.resize = {}, {}
-        for name, cls, source in (("clip", CLIPProcessor, clip or CLIP),
-                                  ("pickscore", CLIPProcessor, pickscore or PICKSCORE_PROCESSOR),
-                                  ("dino", BitImageProcessor, dino or DINO)):
-            with foreign(cls, source):
-                self.processors[name] = cls.from_pretrained(source)
+        self.processors, self.resize, self.missing = {}, {}, {}
+        for name, cls, source, processor, its_source in (
+                ("clip", CLIPModel, clip or CLIP, CLIPProcessor, clip or CLIP),
+                ("pickscore", CLIPModel, pickscore or PICKSCORE, CLIPProcessor,
+                 pickscore or PICKSCORE_PROCESSOR),
+                ("dino", Dinov2Model, dino or DINO, BitImageProcessor, dino or DINO)):
+            network = load_part(cls, source, None, torch.float32)
+            self.add_module(name, network.requires_grad_(False))
+            # Each network was trained on pictures of its own size and colour scale; its processor
+            # knows them. Scores change with the resizing, so the protocol in results.json names it.
+            with loading(processor.__name__, its_source):
+                self.processors[name] = processor.from_pretrained(its_source)
             one = getattr(self.processors[name], "image_processor", self.processors[name])
             self.resize[name] = f"{type(one).__name__} {dict(one.size)}, crop {dict(one.crop_size)}"
-        self.lpips, self.missing = None, {}
+        self.lpips = None
         try:
             import lpips
         except ImportError:
@@ -157,9 +139,9 @@ class FileAlbum:
         notes.add_text("prompt", prompt)
         notes.add_text("seconds", str(seconds))
         pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8)         # H×W×3
-        new = self.folder / ".new"
-        Image.fromarray(pixels.numpy()).save(new, format="PNG", pnginfo=notes)
-        os.replace(new, self.folder / f"{index:06d}.png")                 # whole or not at all
+        image = Image.fromarray(pixels.numpy())
+        replace_file(self.folder / f"{index:06d}.png",                    # whole or not at all
+                     lambda new: image.save(new, format="PNG", pnginfo=notes))
         self.seconds[index] = seconds
 
     def get(self, indices):
