@@ -474,7 +474,7 @@ class Run:
 
     def finished(self):
         """Whether the result is there already; says so."""
-        done = self.result >= self.settings["iterations"]
+        done = 0 < self.settings["iterations"] <= self.result
         if done:
             print(f"{self.folder} is finished; more --iterations continue it, --overwrite starts "
                   "again")

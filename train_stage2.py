@@ -151,7 +151,8 @@ def resolve(settings):
     # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
     if settings.references_from:
         other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
-        for name in ("model", "prompts", "pool", "seed", "references", "latent_shape"):
+        for name in ("model", "prompts", "pool", "seed", "references", "reference", "alpha",
+                     "guidance", "latent_shape"):
             if other.get(name) != own[name]:
                 raise UserError(f"--references-from {settings.references_from} has another {name}: "
                                 f"{other.get(name)}, not {own[name]}")

@@ -3,396 +3,257 @@
     python -m tools.claims                          # claims 1 and 3, three training seeds
     python -m tools.claims --only 2 4 parts alpha   # other claims, and sweeps of one setting
 
-Every line of EXPERIMENTS below is a variant of the two training commands: read there what is
-compared. Training is left to train_stage1.py and train_stage2.py, which keep their runs under
-runs/claims and go on where they were interrupted; measuring is left to evaluate.py, one call, so
-all rows share captions and noises. This file only asks and judges.
+Two tables come first: what is compared, and what has to hold. The training scripts go on where they
+were interrupted. One call of evaluate.py measures all, so all rows share captions and noises.
 
 A statement holds, does not hold, or is not decided: its 95 % interval (bootstrap over training
-seeds and captions, both resampled) lies above its bound, below it, or on both sides. The bounds are
-ours. The miniature says whether the mechanism is there; it predicts no number of a real model.
+seeds and captions) lies on the right side of its bound, on the wrong side, or on both. The bounds
+are ours. The miniature says whether a mechanism is there; it predicts no number of a real model.
+
+Dimension key: S training seeds, P prompts (the 24 captions).
 """
 
-import collections
 import concurrent.futures
 import dataclasses
-import json
+import operator
 import os
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from tools.settings import UserError, checked, command, option, parse_settings
-from run import read_json, rng, write_text
+from run import UserError, command, option, parse_settings, read_json, rng, write_text
 
 import torch
 
-HERE = Path(__file__).resolve().parent.parent
+# ================================================================== what is asked
 
-# label, arguments of train_stage1.py, arguments of train_stage2.py (None: Stage I is the result)
-Variant = collections.namedtuple("Variant", "label stage1 stage2", defaults=("", None))
-STAGE1 = Variant("Stage I")
-STAGE2 = Variant("co-trained", "", "")
-# The warm-up never ends, so the generator's turns move f alone.
-F_ONLY = Variant("f alone", "", "--warmup 999999")
-UNDISTILLED = Variant("adversarial alone", "--iterations 1", "")
+# A variant's name says what was changed: "Stage I --alpha 1 + II --warmup 0" is a Stage II run with
+# that argument, after a Stage I run with that one. Without "+ II" Stage I is the result. Other rows
+# that evaluate.py makes of a run have their path behind a comma: "Stage I, plain reuse".
+STAGE1 = "Stage I"
+PLAIN_DMD = "Stage I --alpha 1"                           # guidance everywhere
+SKIPPED, REUSED = "Stage I, span skipped", "Stage I, plain reuse"
+STAGE2 = "Stage I + II"
+F_ONLY = "Stage I + II --warmup 999999"                   # a warm-up that never ends
+UNDISTILLED = "Stage I --iterations 1 + II"               # the adversarial loss alone
+NO_CACHE = "Stage I + II --cached-blocks none"
+LATER = "Stage I + II --cached-blocks 3-6"                # default 1-4
+LATER_REUSED = f"{LATER} --iterations 0"                  # f is still the identity: plain reuse
+TEACHER = "teacher, w = 4 for sigma <= 0.94"              # a row of every evaluation
 
-
-def reused(span):
-    """A Stage II run that never trains: f is still the identity, so Δ0 is reused as it is."""
-    return Variant(f"{span}, Δ0 reused", "", f"--cached-blocks {span} --iterations 0")
-
-
-def trained(span):
-    """Stage II with another span than the default 1-4."""
-    return Variant(f"{span}, co-trained", "", f"--cached-blocks {span}")
-
-
-EXPERIMENTS = {                              # name: (what the paper says, variants)
+# name: (what the paper says, the variants). Each is also compared with the first one.
+EXPERIMENTS = {
     "1": ("Teacher guidance at high noise collapses diversity; switched off there, it survives.",
-          [STAGE1, Variant("guidance everywhere", "--alpha 1")]),
+          [STAGE1, PLAIN_DMD]),
     "2": ("Stagewise training gives structure first, detail second.",
           [STAGE1, STAGE2, UNDISTILLED]),
     "3": ("The compensation makes caching nearly free, co-training makes it free.",
-          [STAGE1, F_ONLY, STAGE2]),
+          [STAGE1, SKIPPED, REUSED, F_ONLY, STAGE2, f"{STAGE2}, no cache"]),
     "4": ("1.67 evaluations are 33 times fewer than 28×2, at comparable quality and diversity.",
           [STAGE1, STAGE2]),
     "parts": ("What the parts of Stage II are good for (ablation).",
-              [STAGE1, STAGE2,
-               Variant("without f", "", "--no-compensation"),
-               Variant("without the warm-up", "", "--warmup 0"),
-               Variant("without a cache", "", "--cached-blocks none")]),
+              [STAGE1, STAGE2, f"{STAGE2} --no-compensation", f"{STAGE2} --warmup 0", NO_CACHE]),
     "width": ("Width of the cached span (sweep).",
-              [Variant("no cache", "", "--cached-blocks none"), trained("1-3"),
-               STAGE2._replace(label="1-4, co-trained"), trained("1-6")]),
+              [NO_CACHE, f"{STAGE2} --cached-blocks 1-3", STAGE2, f"{STAGE2} --cached-blocks 1-6"]),
     "place": ("Place of the cached span: where plain reuse hurts, co-training mends (sweep).",
-              [STAGE1, reused("1-4"), STAGE2._replace(label="1-4, co-trained"),
-               reused("3-6"), trained("3-6")]),
-    "alpha": ("α of Eq. 4 trades accuracy against diversity (sweep).",
-              [STAGE1._replace(label="α = 0.94"), Variant("α = 1", "--alpha 1"),
-               Variant("α = 0.98", "--alpha 0.98"), Variant("α = 0.9", "--alpha 0.9"),
-               Variant("α = 0.75", "--alpha 0.75")]),
+              [STAGE1, f"{STAGE2} --iterations 0", STAGE2, LATER_REUSED, LATER]),
+    "alpha": ("α of Eq. 4 trades accuracy against diversity (sweep; default 0.94).",
+              [STAGE1, *(f"{STAGE1} --alpha {alpha}" for alpha in (1, 0.98, 0.9, 0.75))]),
     "importance": ("Importance curve of the re-noise level (ablation).",
-                   [STAGE1._replace(label="official"),
-                    Variant("paper's plot", "--importance paper"),
-                    Variant("uniform", "--importance uniform")]),
-    "form": ("What is re-noised (ablation, deviation 2).",
-             [STAGE1._replace(label="window"), Variant("x0", "--form x0")]),
-    "loss": ("The form of the loss (ablation, deviations 3 and 4).",
-             [STAGE1._replace(label="ours"), Variant("official", "--loss official")]),
+                   [STAGE1, f"{STAGE1} --importance paper", f"{STAGE1} --importance uniform"]),
+    "form": ("What is re-noised (ablation, deviation 2).", [STAGE1, f"{STAGE1} --form x0"]),
+    "loss": ("Its loss (ablation, deviations 3, 4).", [STAGE1, f"{STAGE1} --loss official"]),
 }
-ALL_PATHS = ("3",)                           # with the span skipped, reused, computed
-SUFFIXES = (", span skipped", ", plain reuse", ", no cache")
+
+# What has to hold: experiment, measure (points: of accuracy), two variants, bound.
+STATEMENTS = (
+    ("1", "entropy", PLAIN_DMD, "÷", STAGE1, "at most", 0.5),
+    ("1", "points", STAGE1, "−", PLAIN_DMD, "at least", -3),
+    ("2", "frechet", STAGE2, "−", STAGE1, "at most", 0),            # Stage II adds detail
+    ("2", "entropy", STAGE2, "÷", STAGE1, "at least", 0.9),         # it keeps the structure
+    ("2", "points", UNDISTILLED, "−", STAGE2, "at most", -10),      # without Stage I: none
+    ("3", "points", REUSED, "−", SKIPPED, "at least", 0),
+    ("3", "points", F_ONLY, "−", REUSED, "at least", 0),
+    ("3", "points", STAGE2, "−", F_ONLY, "at least", 0),
+    ("3", "frechet", F_ONLY, "−", REUSED, "at most", 0),
+    ("3", "frechet", STAGE2, "−", F_ONLY, "at most", 0),
+    ("3", "points", STAGE2, "−", STAGE1, "at least", -2),           # Stage I has two full steps
+    ("3", "frechet", STAGE2, "÷", STAGE1, "at most", 0.5),
+    ("3", "entropy", STAGE2, "÷", STAGE1, "at least", 0.9),
+    ("4", "evaluations", TEACHER, "÷", STAGE2, "at least", 33),
+    ("4", "points", STAGE2, "−", TEACHER, "at least", -5),
+    ("4", "entropy", STAGE2, "÷", TEACHER, "at least", 0.9),
+    ("place", "points", LATER, "−", LATER_REUSED, "at least", 0),
+    ("place", "points", LATER, "−", STAGE1, "at least", -2),
+)
+CORES = os.cpu_count() or 1
+SIGNS = {"÷": operator.truediv, "−": operator.sub, "at least": operator.ge, "at most": operator.le}
+BRACKETS = "{:.2f} [{:.2f}, {:.2f}]"                      # a value and its interval
+VERDICTS = ("does not hold", "not decided", "holds")      # so many ends of the interval satisfy it
 
 
 @dataclasses.dataclass
 class Settings:
-    only: list = option(None, "which claims and sweeps (default: 1 3)",
-                        choices=tuple(EXPERIMENTS))
+    only: list = option(None, "which claims and sweeps (default: 1 3)", choices=tuple(EXPERIMENTS))
     seeds: list = option(None, "training seeds (default: 3407 1 2)")
-    samples_per_prompt: int = option(128, "n, samples for each of the 24 captions",
-                                     low=2, high=4096)
+    samples_per_prompt: int = option(128, "samples for each of the 24 captions", low=2, high=4096)
     eval_seed: int = option(200, "evaluation seed; no training may use it", low=0, high=2**31 - 1)
-    jobs: int = option(None, "trainings side by side (default: one a core, up to 8)",
-                       low=1, high=64)
+    jobs: int = option(min(8, CORES), "trainings side by side; they share the cores", 1, 64)
     runs: str = option("runs/claims", "folder of the runs, kept")
-    out: str = option("results/claims", "folder for claims.md, results.json and the plots")
+    out: str = option("results/claims", "folder for claims.md and evaluate.py's results")
     dry_run: bool = option(False, "print the commands and stop")
     debug: bool = option(False, "show tracebacks")
 
 
 # ================================================================== what to run
 
-def folders(variant, seed, root):
-    """(Stage I folder, Stage II folder or None) of a variant: named by what was changed, so that
-    variants share the runs they have in common."""
-    def name(stage, arguments):
-        words = re.sub(r"[^\w.]+", "-", arguments).strip("-")
-        return "-".join(filter(None, (stage, words)))
-    stage1 = name("stage1", variant.stage1)
-    if variant.stage2 is None:
-        return f"{root}/{stage1}-seed{seed}", None
-    stage2 = name(stage1.replace("stage1", "stage2"), variant.stage2)
-    return f"{root}/{stage1}-seed{seed}", f"{root}/{stage2}-seed{seed}"
+def trainings(name, seed, root):
+    """[(folder, command)] of a variant: Stage I's and, if it has one, Stage II's. A folder is named
+    by what was changed, so that variants share the runs they have in common."""
+    def folder(words):
+        return f"{root}/{'-'.join(words.split()).replace('--', '')}-seed{seed}"
+
+    stage1, plus, stage2 = name.split(",")[0].removeprefix("Stage I").partition(" + II")
+    init = folder(f"stage1 {stage1}")
+    runs = [(init, f"train_stage1.py --seed {seed} --out {init}{stage1}")]
+    if plus:
+        out = folder(f"stage2 {stage1} {stage2}")
+        line = f"train_stage2.py --seed {seed} --init {init} --out {out}{stage2}"
+        # References are the teacher's, alike for one seed, α and w. To make them takes a third of a
+        # run: so the default makes them for the others.
+        if stage2 and not stage1:
+            line += f" --references-from {folder('stage2')}"
+        runs.append((out, line))
+    return runs
 
 
-def result_of(variant, seed, root):
-    """The folder that is measured: Stage II's, or Stage I's where there is no Stage II."""
-    stage1, stage2 = folders(variant, seed, root)
-    return stage2 or stage1
-
-
-def commands(variants, seeds, root):
-    """The training commands, [Stage I's, Stage II's], each once; a list may run side by side."""
-    first_stage, second_stage = {}, {}
-    for seed in seeds:
-        for variant in variants:
-            stage1, stage2 = folders(variant, seed, root)
-            first_stage[stage1] = (f"train_stage1.py --seed {seed} --out {stage1} "
-                                   f"{variant.stage1}").strip()
-            if stage2:
-                second_stage[stage2] = (f"train_stage2.py --seed {seed} --init {stage1} "
-                                        f"--out {stage2} {variant.stage2}").strip()
-    return [list(first_stage.values()), list(second_stage.values())]
-
-
-def execute(line, threads=None):
-    """Runs a script of ours. Of several side by side, with so many threads each, the output goes to
-    the screen only when they fail."""
-    environment = dict(os.environ)
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
+def execute(line, threads):
+    """Runs a script of ours with so many threads; its output is shown only when it fails."""
     print(f"python {line}", flush=True)
-    done = subprocess.run([sys.executable, *shlex.split(line)], cwd=HERE, env=environment,
-                          capture_output=bool(threads), text=True)
+    done = subprocess.run([sys.executable, *shlex.split(line)], capture_output=True, text=True,
+                          env={"OMP_NUM_THREADS": str(threads), **os.environ})
     if done.returncode:
-        sys.stderr.write((done.stdout or "")[-2000:] + (done.stderr or "")[-2000:])
+        sys.stderr.write(done.stdout[-2000:] + done.stderr[-2000:])
         raise UserError(f"python {line} ended with exit code {done.returncode}; "
                         "type the same command again to go on")
 
 
 # ================================================================== what it says
 
-def gather(rows, variant, seeds, root, suffix=""):
-    """{measure: [seeds, captions]} of a variant's rows of results.json (frechet: [seeds]); suffix
-    names the path, such as ", plain reuse". None where the variant has no such path."""
-    found = []
-    for seed in seeds:
-        name = Path(result_of(variant, seed, root)).name + suffix
-        found += [row for row in rows if row["name"] == name]
-    if len(found) != len(seeds):
-        return None
-    values = {}
-    for key in found[0]["by_prompt"]:
-        values[key] = torch.tensor([row["by_prompt"][key] for row in found])      # seeds×captions
-    values["frechet"] = torch.tensor([row["frechet_to_teacher"] for row in found])
-    values["nfe"] = found[0]["nfe_blocks"]
-    return values
+def row_name(name, seed, root):
+    """The row of results.json that belongs to a variant: its folder's name and the path's."""
+    if name == TEACHER:                                   # no training of ours, so no seed
+        return name
+    folder, _ = trainings(name, seed, root)[-1]
+    _, comma, path = name.partition(",")
+    return Path(folder).name + comma + path
 
 
-def teacher_values(rows, seeds):
-    """The α-guided teacher's row, repeated for each training seed: it has no training of ours."""
-    row = next(row for row in rows if row["name"].startswith("teacher, w") and "<=" in row["name"])
-    return {key: torch.tensor([values] * seeds) for key, values in row["by_prompt"].items()}
+def read(rows, name, seeds, root):
+    """What results.json's rows say of a variant, {measure: [S, P]}."""
+    by_name = {row["name"]: row for row in rows}
+    found = [by_name[row_name(name, seed, root)] for seed in seeds]
+    accuracy = torch.tensor([row["by_prompt"]["prompt_accuracy"] for row in found])       # S×P
+    entropy = torch.tensor([row["by_prompt"]["scene_entropy"] for row in found])          # S×P
+    # A distance is one number for all captions, so in effect only the seeds are resampled. The
+    # teacher has none from itself.
+    distance = torch.tensor([row["frechet_to_teacher"] or 0.0 for row in found])          # S
+    # The paper counts 28×2 for the teacher, though with α five passes are never run.
+    evaluations = 56 if name == TEACHER else found[0]["nfe_blocks"]
+    return {"points": 100 * accuracy, "entropy": entropy,
+            "frechet": distance[:, None].expand_as(accuracy),
+            "evaluations": torch.full_like(accuracy, evaluations)}
 
 
-# A statistic is a function of the indices of seeds s and captions c, so that both can be resampled.
-
-def points(a, b):
-    """Accuracy of a minus accuracy of b, in points."""
-    return lambda s, c: 100 * (a["prompt_accuracy"] - b["prompt_accuracy"])[s][:, c].mean()
-
-
-def ratio(a, b):
-    """Scene entropy of a over that of b."""
-    return lambda s, c: a["scene_entropy"][s][:, c].mean() / b["scene_entropy"][s][:, c].mean()
-
-
-def change(a, b):
-    """Fréchet distance to the teacher of a minus that of b; only the seeds are resampled."""
-    return lambda s, c: (a["frechet"] - b["frechet"])[s].mean()
-
-
-def frechet_ratio(a, b):
-    """Fréchet distance to the teacher of a over that of b, of the means over the seeds."""
-    return lambda s, c: a["frechet"][s].mean() / b["frechet"][s].mean()
-
-
-def statements(name, get):
-    """What an experiment has to show: (text, statistic, "at least" or "at most", bound).
-    get(variant, suffix) is gather()."""
-    one, two = get(STAGE1), get(STAGE2)
-    if name == "1":
-        full = get(EXPERIMENTS["1"][1][1])
-        return [("entropy with guidance everywhere ÷ with α", ratio(full, one), "at most", 0.5),
-                ("accuracy with α − everywhere, points", points(one, full), "at least", -3)]
-    if name == "2":
-        alone = get(UNDISTILLED)
-        return [("Stage II adds detail: Fréchet, change", change(two, one), "at most", 0),
-                ("it keeps the structure: entropy, ratio", ratio(two, one), "at least", 0.9),
-                ("without Stage I there is no structure: points", points(alone, two),
-                 "at most", -10)]
-    if name == "3":
-        skipped, reuse = get(STAGE1, ", span skipped"), get(STAGE1, ", plain reuse")
-        f_alone = get(F_ONLY)
-        return [("Δ0 reused − span skipped, points", points(reuse, skipped), "at least", 0),
-                ("f alone − Δ0 reused, points", points(f_alone, reuse), "at least", 0),
-                ("co-trained − f alone, points", points(two, f_alone), "at least", 0),
-                ("f alone − Δ0 reused, Fréchet", change(f_alone, reuse), "at most", 0),
-                ("co-trained − f alone, Fréchet", change(two, f_alone), "at most", 0),
-                ("co-trained − Stage I's two full steps, points", points(two, one),
-                 "at least", -2),
-                ("co-trained ÷ Stage I, Fréchet", frechet_ratio(two, one), "at most", 0.5),
-                ("co-trained ÷ Stage I, entropy", ratio(two, one), "at least", 0.9)]
-    if name == "4":
-        teacher = get("teacher")
-        return [("28×2 ÷ network evaluations", lambda s, c: 56 / two["nfe"], "at least", 33),
-                ("accuracy against the teacher's 28×2 with α, points", points(two, teacher),
-                 "at least", -5),
-                ("entropy against it, ratio", ratio(two, teacher), "at least", 0.9)]
-    if name == "place":
-        later, reuse = get(trained("3-6")), get(reused("3-6"))
-        return [("3-6: co-trained − Δ0 reused, points", points(later, reuse), "at least", 0),
-                ("3-6: co-trained − Stage I, points", points(later, one), "at least", -2)]
-    return []
-
-
-def interval(statistic, seeds, captions, rounds=2000):
-    """(value, low, high): 95 % bootstrap that resamples seeds and captions."""
+def interval(a, sign, b, rounds=2000):
+    """(value, low, high) of mean(a) ÷ or − mean(b), a and b [S, P]: 95 % bootstrap."""
     g = rng(0, "claims")
-    value = float(statistic(torch.arange(seeds), torch.arange(captions)))
+    (seeds, captions), combine = a.shape, SIGNS[sign]
     drawn = []
     for _ in range(rounds):
-        s = torch.randint(seeds, (seeds,), generator=g)
+        # As many seeds as there are, some twice and some not at all; captions likewise. The same
+        # for a and b: a caption that is hard for both says nothing of their difference.
+        s = torch.randint(seeds, (seeds, 1), generator=g)
         c = torch.randint(captions, (captions,), generator=g)
-        drawn.append(float(statistic(s, c)))
-    low, high = torch.quantile(torch.tensor(drawn), torch.tensor([0.025, 0.975])).tolist()
-    return value, low, high
+        drawn.append(combine(a[s, c].mean(), b[s, c].mean()))
+    low, high = torch.quantile(torch.stack(drawn), torch.tensor([0.025, 0.975])).tolist()
+    return combine(a.mean(), b.mean()).item(), low, high
 
 
-def judge(statistic, sense, bound, seeds, captions):
-    """(value, low, high, verdict) of a statement."""
-    value, low, high = interval(statistic, seeds, captions)
-    if sense == "at least":
-        inside, outside = low >= bound, high < bound
-    else:
-        inside, outside = high <= bound, low > bound
-    verdict = "not decided"
-    if inside:
-        verdict = "holds"
-    elif outside:
-        verdict = "does not hold"
-    return value, low, high, verdict
+def report(name, rows, seeds, root):
+    """The Markdown section of one experiment: its variants and its statements."""
+    def spread(values, digits):                           # of [S, P], over the seeds
+        by_seed = values.mean(1)
+        of_seeds = f" ± {by_seed.std():.{digits}f}" if len(seeds) > 1 else ""
+        return f"{by_seed.mean():.{digits}f}{of_seeds}"
 
-
-def report(name, variants, rows, seeds, root):
-    """The Markdown section of one experiment: its variants' rows, each against the default Stage I
-    recipe's first, then its statements."""
-    def get(variant, suffix=""):
-        if variant == "teacher":
-            return teacher_values(rows, len(seeds))
-        return gather(rows, variant, seeds, root, suffix)
-
-    def cell(values, digits):                                  # [seeds, captions] or [seeds]
-        by_seed = values.mean(1) if values.ndim == 2 else values
-        spread = f" ± {by_seed.std():.{digits}f}" if len(seeds) > 1 else ""
-        return f"{by_seed.mean():.{digits}f}{spread}"
-
-    def against(values, digits, statistic):
-        value, low, high = interval(statistic(values, base), len(seeds), 24)
-        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-    first = next(variant for variant in variants if not variant.stage1)
-    base = get(first)
-    lines = [f"### {name}: {EXPERIMENTS[name][0]}", "",
+    what, variants = EXPERIMENTS[name]
+    first = read(rows, variants[0], seeds, root)
+    lines = [f"### {name}: {what}", "",
              "| variant | NFE | right | entropy | Fréchet | points | entropy ratio |",
              "|" + " --- |" * 7]
     for variant in variants:
-        for suffix in ("", *SUFFIXES) if name in ALL_PATHS else ("",):
-            values = get(variant, suffix)
-            if values is None:
-                continue
-            measured = [cell(values["prompt_accuracy"], 3), cell(values["scene_entropy"], 2),
-                        cell(values["frechet"], 2)]
-            lines.append(f"| {variant.label}{suffix} | {values['nfe']:.4g} | "
-                         f"{' | '.join(measured)} | {against(values, 1, points)} | "
-                         f"{against(values, 2, ratio)} |")
-    lines += ["", f"Fréchet: to the α-guided teacher. Points and entropy ratio: against "
-              f"*{first.label}*."]
-    judged = statements(name, get)
+        values = read(rows, variant, seeds, root)
+        cells = [variant, f"{values['evaluations'][0, 0]:.4g}", spread(values["points"] / 100, 3),
+                 spread(values["entropy"], 2), spread(values["frechet"], 2),
+                 BRACKETS.format(*interval(values["points"], "−", first["points"])),
+                 BRACKETS.format(*interval(values["entropy"], "÷", first["entropy"]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Fréchet: to the teacher with α. Points, entropy ratio: against the first row."]
+    judged = [statement[1:] for statement in STATEMENTS if statement[0] == name]
     if judged:
         lines += ["", "| statement | measured | bound | verdict |", "|" + " --- |" * 4]
-    for text, statistic, sense, bound in judged:
-        value, low, high, verdict = judge(statistic, sense, bound, len(seeds), 24)
-        lines.append(f"| {text} | {value:.2f} [{low:.2f}, {high:.2f}] | {sense} {bound} | "
-                     f"**{verdict}** |")
+    for measure, a, sign, b, sense, bound in judged:
+        of_a, of_b = read(rows, a, seeds, root), read(rows, b, seeds, root)
+        value, low, high = interval(of_a[measure], sign, of_b[measure])
+        verdict = VERDICTS[SIGNS[sense](low, bound) + SIGNS[sense](high, bound)]
+        lines.append(f"| {measure}, {a} {sign} {b} | {BRACKETS.format(value, low, high)} | "
+                     f"{sense} {bound} | **{verdict}** |")
     return "\n".join(lines)
-
-
-def plot(path, x, series):
-    """Accuracy over x, "scene_entropy" or "nfe", as a PNG with error bars over the training seeds;
-    series is [(label, gather())]."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path}: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for label, values in series:
-        y = values["prompt_accuracy"].mean(1)                             # seeds
-        a = values[x].mean(1) if x != "nfe" else 0 * y + values["nfe"]
-        bars = {"xerr": a.std(), "yerr": y.std()} if len(y) > 1 else {}
-        axes.errorbar(a.mean(), y.mean(), **bars, fmt="o", capsize=3)
-        axes.annotate(label, (a.mean(), y.mean()), xytext=(6, 6), textcoords="offset points")
-    axes.set(xlabel={"nfe": "network evaluations"}.get(x, "scene entropy, nats"),
-             ylabel="caption right")
-    axes.margins(x=0.2, y=0.15)                                           # room for the labels
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    print(path)
 
 
 # ================================================================== command
 
-def train(stages, jobs):
-    """Runs Stage I's commands, then Stage II's, so many side by side."""
-    cores = os.cpu_count() or 1
-    jobs = jobs or min(8, cores)
-    threads = max(1, cores // jobs) if jobs > 1 else None
-    for lines in stages:
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            for _ in pool.map(lambda line: execute(line, threads), lines):
-                pass
-
-
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "-m tools.claims", __doc__.split("\n\n")[0])
-    chosen = {name: EXPERIMENTS[name] for name in settings.only or ["1", "3"]}
-    rule = option(None, "", low=0, high=2**31 - 1).metadata
-    try:
-        seeds = [checked(int, rule, seed) for seed in settings.seeds or ["3407", "1", "2"]]
-    except Exception as error:
-        raise UserError(f"--seeds {error}") from None
-    if settings.eval_seed in seeds or len(set(seeds)) < len(seeds):
-        raise UserError("--seeds must differ from each other and from --eval-seed")
-    # The default recipe comes first: Fréchet distances are taken to its teacher.
-    variants = [STAGE1]
-    for _, group in chosen.values():
-        variants += [variant for variant in group if variant not in variants]
-    variants.sort(key=lambda variant: variant.stage1 != "")
-    stages = commands(variants, seeds, settings.runs)
-    measured = []
+    seeds = settings.seeds or ["3407", "1", "2"]
+    if not "".join(seeds).isdecimal() or len({*seeds, str(settings.eval_seed)}) <= len(seeds):
+        raise UserError("--seeds must be whole numbers, no two alike and none of them --eval-seed")
+    chosen = [name for name in EXPERIMENTS if name in (settings.only or ("1", "3"))]
+    # The default Stage I comes first: Fréchet distances are taken to the teacher with its α.
+    names = [STAGE1]
+    for name in chosen:
+        names += EXPERIMENTS[name][1]
+    # Each run once, in lists that come one after the other: Stage I, the default Stage II, those
+    # that take its references, the evaluation. What stands in one list may run side by side.
+    lists, measured = ({}, {}, {}, {}), {}                # {folder: command}
     for seed in seeds:
-        measured += [result_of(variant, seed, settings.runs) for variant in variants]
-    own_path = "" if chosen.keys() & set(ALL_PATHS) else "--own-path "
-    evaluation = (f"evaluate.py --teacher alpha --seed {settings.eval_seed} --samples-per-prompt "
-                  f"{settings.samples_per_prompt} --out {settings.out} {own_path}--checkpoint "
-                  + " ".join(dict.fromkeys(measured)))
+        for name in names:
+            for folder, line in trainings(name, seed, settings.runs):
+                place = ("train_stage2" in line) + ("--references-from" in line)
+                lists[place][folder] = line
+            measured[folder] = line                       # the last one is what is measured
+    own_path = "" if "3" in chosen else "--own-path "     # 3 compares the paths of a run
+    lists[3][settings.out] = (
+        f"evaluate.py --teacher alpha --seed {settings.eval_seed} --out {settings.out} {own_path}"
+        f"--samples-per-prompt {settings.samples_per_prompt} --checkpoint {' '.join(measured)}")
     if settings.dry_run:
-        print("\n".join(f"python {line}" for line in [*stages[0], *stages[1], evaluation]))
+        print("\n".join(f"python {line}" for lines in lists for line in lines.values()))
         return
-    train(stages, settings.jobs)
-    execute(evaluation)
+    for lines in lists:
+        jobs = max(1, min(settings.jobs, len(lines)))
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            # list() waits for all, and raises what went wrong in one of them.
+            list(pool.map(execute, lines.values(), len(lines) * [max(1, CORES // jobs)]))
 
-    found = read_json(Path(settings.out) / "results.json")
-    sections = [report(name, group, found["rows"], seeds, settings.runs)
-                for name, (_, group) in chosen.items()]
-    sections.append("Training seeds " + ", ".join(map(str, seeds)) + "; ± standard deviation over "
-                    "them; brackets: 95 % bootstrap over seeds and captions (Fréchet: over seeds). "
-                    + json.dumps(found["protocol"]))
-    text = "\n\n".join(sections)
-    write_text(Path(settings.out) / "claims.md", text + "\n")
-    for name, x in (("alpha", "scene_entropy"), ("width", "nfe")):
-        if name in chosen:
-            plot(Path(settings.out) / f"{name}.png", x, [
-                (variant.label, gather(found["rows"], variant, seeds, settings.runs))
-                for variant in chosen[name][1]])
-    print(text)
+    rows = read_json(Path(settings.out) / "results.json")["rows"]
+    sections = [report(name, rows, seeds, settings.runs) for name in chosen]
+    sections.append(f"Training seeds {', '.join(seeds)}; ± standard deviation over them; brackets: "
+                    "95 % bootstrap over seeds and captions (Fréchet: over seeds).")
+    write_text(Path(settings.out) / "claims.md", "\n\n".join(sections) + "\n")
+    print("\n\n".join(sections))
 
 
 if __name__ == "__main__":
