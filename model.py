@@ -67,7 +67,6 @@ class Preset:
     source: str                        # pipeline folder or hub id
     cached_blocks: str = "2-9"         # [ours] which; 1.67 NFE [paper] means 8 of 24 blocks
     text_length: int = 256             # [official] T5 tokens; 0 for a pipeline without T5
-    encode_batch: int = 16             # [ours] prompts encoded together
     captions: str = "grammar"          # where prompts come from when no --prompts is given
     architecture: dict | None = None   # SD3Transformer2DModel's arguments: counted without download
     discriminator: str = BACKBONE      # [ours] in place of the official OpenCLIP ConvNeXt-XXLarge
@@ -110,7 +109,7 @@ PRESETS = {
     "tiny": Preset(
         "tiny", str(HERE / "tiny" / "sd3"),
         cached_blocks="1-4",           # [ours] SD3-Medium's span to scale: 4 of 12 blocks
-        text_length=0, encode_batch=1, captions="tiny",
+        text_length=0, captions="tiny",
         discriminator=str(HERE / "tiny" / "sd3" / "discriminator_backbone"),
         picture_mean=(0.5,) * 3, picture_std=(0.5,) * 3),
     "sd3-medium": Preset(
@@ -178,17 +177,12 @@ def load_scheduler(preset):
 
 def parse_span(text, blocks):
     """(n, m) of a span such as "2-5", both ends skipped; UserError when it does not fit."""
-    match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", str(text))
-    if not match:
-        raise UserError("a span of blocks is written first-last, for instance 2-5, without gaps, "
-                        f"not {text}")
-    span = int(match[1]), int(match[2])
-    if span[0] > span[1]:
-        raise UserError(f"span {text} is reversed; write {span[1]}-{span[0]}")
     try:
-        return check_span(span, blocks)
+        first, last = str(text).split("-")
+        return check_span((int(first), int(last)), blocks)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"--cached-blocks {text}: a span is written first-last, such as 2-5 "
+                        f"({error})") from None
 
 
 @contextlib.contextmanager
@@ -545,7 +539,7 @@ class Prompts:
             return
         files = [Path(folder) / "prompts.safetensors" for folder in folders]
         about = {"model": preset.name, "texts": json.dumps(everything)}
-        if files[0].exists() and read_metadata(files[0]) != about:
+        if read_metadata(files[0]) not in (None, about):
             raise UserError(f"{files[0]} holds other prompts than are given now; give another "
                             "--out, or --overwrite")
         if is_main() and not any(read_metadata(file) == about for file in files):
@@ -599,7 +593,6 @@ def load_pipeline(preset, dtype, **parts):
 def encode_prompts(preset, texts, device):
     """(embeds [n, L, J], pooled [n, P]) on the CPU, by the stock pipeline's own encode_prompt.
     L is 77 + 256 for the real models, 8 for tiny, which has no T5."""
-    device, size = torch.device(device), preset.encode_batch
     config = CachedSD3.load_config(preset.source, subfolder="transformer")
     empty = empty_transformer(config)                     # encode_prompt reads its config alone
     pipe = load_pipeline(preset, frozen_dtype(device), transformer=empty, vae=None)
@@ -607,20 +600,17 @@ def encode_prompts(preset, texts, device):
         if encoder is not None:
             encoder.to(device)
     embeds, pooled = [], []
+    bar = tqdm(texts, "encoding prompts", disable=len(texts) < 100 or not is_main())
     with torch.no_grad():
-        for start in tqdm(range(0, len(texts), size), desc="encoding prompts",
-                          disable=len(texts) < 100 or not is_main()):
-            batch = texts[start:start + size]
-            # Always full: in batches of different sizes the last bits of a prompt would depend on
-            # how many came with it.
-            full = batch + [""] * (size - len(batch))
+        # One by one: the last bits of a prompt must not depend on its neighbours.
+        for text in bar:
             # Four answers: embeds, pooled and, for guidance inside the pipeline, two of the empty
             # prompt, which are None here.
-            of_texts, _, of_whole, _ = pipe.encode_prompt(
-                full, None, None, do_classifier_free_guidance=False,
+            of_text, _, of_whole, _ = pipe.encode_prompt(
+                text, None, None, do_classifier_free_guidance=False,
                 max_sequence_length=preset.text_length, device=device)
-            embeds.append(of_texts[:len(batch)].cpu())                    # size×L×J
-            pooled.append(of_whole[:len(batch)].cpu())                    # size×P
+            embeds.append(of_text.cpu())                                  # 1×L×J
+            pooled.append(of_whole.cpu())                                 # 1×P
     return torch.cat(embeds), torch.cat(pooled)
 
 

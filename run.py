@@ -72,7 +72,14 @@ def option(default, text, low=None, high=None, choices=None):
 
 @dataclasses.dataclass
 class CommonSettings:
-    """What both training scripts share and what is not the method."""
+    """What both training scripts share."""
+    model: str = option(
+        "tiny", "tiny, sd3-medium, sd3.5-medium, sd3.5-large, a pipeline folder or a hub id")
+    prompts: str = option(None, "file of prompts, one a line; without it the built-in ones")
+    pool: int = option(None, "how many of the prompts to encode and train on", low=1, high=10**6)
+    iterations: int = option(None, "iterations; in Stage II turns, D's and G's together",
+                             low=0, high=999_999)
+    batch_size: int = option(None, "global batch B", low=1, high=65536)
     out: str = option(None, "run folder (default: runs/MODEL-stage1 or -stage2)")
     seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
     accumulation: int = option(1, "micro-batches one after the other, to save memory",
@@ -119,7 +126,8 @@ def parse_settings(cls, argv, prog, description):
                                 default=field.default, help=f"{text} (default: {field.default})")
     settings = cls(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(cls):
-        value, low, high = getattr(settings, field.name), *map(field.metadata.get, ("low", "high"))
+        value = getattr(settings, field.name)
+        low, high = field.metadata["low"], field.metadata["high"]
         # Written so that NaN, which is neither above nor below, is refused as well.
         if value is not None and low is not None and not low <= value <= high:
             raise UserError(f"--{field.name.replace('_', '-')} must lie between {low} and {high}, "
@@ -249,8 +257,8 @@ def clip_and_step(optimizers, max_norm=math.inf):
     """One update of all `optimizers` together; returns the norm of their gradients.
 
     1. Average the gradients over the processes, where fully_shard has not done so already.
-    2. Take one norm over all of them and shrink them jointly where it exceeds max_norm.
-    3. Step, unless the norm is not finite, and clear the gradients.
+    2. Take one norm over all of them. UserError where it is not finite: no weight has moved.
+    3. Shrink them jointly where the norm exceeds max_norm, step, and clear them.
     """
     grads = [p.grad for optimizer in optimizers for group in optimizer.param_groups
              for p in group["params"] if p.grad is not None]
@@ -264,12 +272,14 @@ def clip_and_step(optimizers, max_norm=math.inf):
     norms = [torch.nn.utils.get_total_norm(part) for part in (whole, sharded) if part]
     norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
     norm = torch.stack(norms).norm() if len(norms) == 2 else norms[0]
+    if not math.isfinite(norm):
+        raise UserError("a gradient is not finite; lower the learning rates. The run's newest "
+                        "checkpoint, if there is one, is sound")
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1).item()      # as torch's clip_grad_norm_
     for grad in grads:
         grad.mul_(shrink)
     for optimizer in optimizers:
-        if math.isfinite(norm):
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
@@ -303,21 +313,16 @@ def optimizer_state(net, optimizer):
 
 
 def load_optimizer(net, optimizer, tensors):
-    """Puts back what optimizer_state gave; only the main process needs to hold it. Rates and betas
-    come from the settings."""
+    """Puts back what optimizer_state gave; every process holds it. Rates and betas come from the
+    settings."""
     parameters = dict(net.named_parameters())
-    shapes = [{key: (value.shape, value.dtype) for key, value in tensors.items()}]
-    if processes() > 1:
-        dist.broadcast_object_list(shapes)
-    for key, (shape, dtype) in shapes[0].items():
+    for key, value in tensors.items():
         name, slot = key.rsplit(".", 1)
         parameter = parameters[name]
-        value = tensors[key] if is_main() else torch.empty(shape, dtype=dtype)
         value = value.to(parameter.device, copy=True)
         if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        elif processes() > 1:
-            dist.broadcast(value, 0)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements,
+                                      src_data_rank=None)     # each takes its own piece
         optimizer.state[parameter][slot] = value
 
 
@@ -369,9 +374,11 @@ def write_json(path, value):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Writes {name: tensor} as one safetensors file, whole or not at all; metadata {str: str}."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+    """Writes {name: tensor} as one safetensors file, whole or not at all, in the main process;
+    metadata is {str: str}."""
+    if is_main():
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def read_json(path):
@@ -424,9 +431,11 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"))
 
 
-def iteration_of(checkpoint):
-    """checkpoint-000220 → 220. The name is all that says it, and a folder appears whole."""
-    return int(checkpoint.name[-6:])
+def newest_iteration(folder):
+    """The iteration of a run's newest checkpoint, or 0. Its name is all that says it: a folder
+    appears whole or not at all."""
+    saved = checkpoints(folder)
+    return int(saved[-1].name[-6:]) if saved else 0
 
 
 class Run:
@@ -441,13 +450,16 @@ class Run:
     def __init__(self, folder, settings, device, overwrite=False):
         join_processes(device)
         self.folder, self.settings = Path(folder), settings
-        self.stop, self.bad = False, 0
+        self.stop = False
         self.result = 0                                   # iterations of what lies in student/
         saved = self.folder / "settings.json"
-        self.replace = saved.exists() and overwrite
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{folder} is a file; give --out a folder")
-        if saved.exists() and not overwrite:
+        if self.folder.exists() and any(self.folder.iterdir()) and not saved.exists():
+            raise UserError(f"{folder} exists and is not a run folder; give --out another name")
+        # What was stopped before there was anything to go on from may begin with other settings.
+        begun = checkpoints(folder) or (self.folder / "references.safetensors").exists()
+        if saved.exists() and (begun or (self.folder / "student").exists()) and not overwrite:
             before = read_json(saved)
             differing = [f"{key} was {before.get(key)}, is {value}"
                          for key, value in settings.items()
@@ -457,20 +469,16 @@ class Run:
                                 f"({'; '.join(differing)}); give another --out, or --overwrite to "
                                 "start again")
             self.result = before["finished"]
-            if self._newest() > settings["iterations"] > self.result:
-                raise UserError(f"{folder} is at iteration {self._newest()} already; give more "
+            newest = newest_iteration(folder)
+            if newest > max(settings["iterations"], self.result):
+                raise UserError(f"{folder} is at iteration {newest} already; give more "
                                 "--iterations")
-        elif not saved.exists() and self.folder.exists():
-            # A run that was stopped before its networks were loaded has its prompts alone.
-            foreign = [path.name for path in self.folder.iterdir()
-                       if path.name != "prompts.safetensors" and not path.name.startswith(".")]
-            if foreign:
-                raise UserError(f"{folder} exists and is not a run folder, it holds "
-                                f"{min(foreign)}; give --out another name")
+        any_process(False)                                # all have looked before one writes
         if is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.replace:
-                (self.folder / "prompts.safetensors").unlink(missing_ok=True)
+            if saved.exists() and overwrite:
+                self._clear()
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            self._write_settings()
 
     def finished(self):
         """Whether the result is there already; says so."""
@@ -480,22 +488,13 @@ class Run:
                   "again")
         return done
 
-    def _newest(self):
-        saved = checkpoints(self.folder)
-        return iteration_of(saved[-1]) if saved else 0
-
     def restore(self, networks, optimizers):
         """Puts the newest checkpoint into networks and optimisers, dicts of names; returns its
         iteration, or 0. A sharded network takes its part of each tensor: any number of processes
         may have saved it. Metrics logged after that checkpoint are dropped, so that metrics.jsonl
         tells one uninterrupted story."""
-        if is_main():
-            if self.replace:                              # only now that all else has been loaded
-                self._clear()
-            # First of all, so that a kill leaves nothing that looks like somebody else's folder.
-            self._write_settings()
-            (self.folder / "samples").mkdir(exist_ok=True)
-        iteration = int(gather(torch.tensor([self._newest()]))[0])    # the main process's, for all
+        iteration = newest_iteration(self.folder)
+        any_process(False)                                # all have looked before one writes
         if is_main():
             self._cut_metrics(iteration)
         if not iteration:
@@ -506,7 +505,7 @@ class Run:
                 load_full(net, load_file(folder / f"{name}.safetensors") if is_main() else {})
             for name, optimizer in optimizers.items():
                 file = folder / f"{name}_optimizer.safetensors"
-                load_optimizer(networks[name], optimizer, load_file(file) if is_main() else {})
+                load_optimizer(networks[name], optimizer, load_file(file))
         except (OSError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder} does not load ({str(error).splitlines()[0][:160]}); delete "
                             "it to go on from the one before") from error
@@ -514,12 +513,12 @@ class Run:
         return iteration
 
     def _clear(self):
-        """Deletes the run that --overwrite replaces: settings.json stays until new ones are
+        """Deletes the run that --overwrite replaces. settings.json stays until the new ones are
         written, so that a kill in between leaves a run folder."""
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in ("settings.json", "prompts.safetensors"):
+            elif path.name != "settings.json":
                 path.unlink()
 
     def _write_settings(self):
@@ -529,7 +528,8 @@ class Run:
     def _cut_metrics(self, iteration):
         path = self.folder / "metrics.jsonl"
         keep = []
-        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):    # cut off by a kill
                 if json.loads(line)["iteration"] <= iteration:
                     keep.append(line)
@@ -547,8 +547,7 @@ class Run:
 
     def save(self, name, tensors):
         """Writes NAME.safetensors into the run folder."""
-        if is_main():
-            save_tensors(self.folder / f"{name}.safetensors", tensors)
+        save_tensors(self.folder / f"{name}.safetensors", tensors)
 
     def log(self, iteration, **values):
         """Appends one line to metrics.jsonl, the main process's numbers. What is not finite becomes
@@ -563,18 +562,6 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def check_finite(self, iteration, **norms):
-        """Names gradients (norm by network) that are not finite; clip_and_step has skipped their
-        update. Stops the run after three such iterations in a row."""
-        wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
-        self.bad = self.bad + 1 if wrong else 0
-        if wrong and is_main():
-            print(f"iteration {iteration}: the gradient of {', '.join(wrong)} is not finite; "
-                  "its update was skipped", file=sys.stderr)
-        if self.bad == 3:
-            raise UserError("three iterations in a row were not finite; lower the learning rates. "
-                            f"The newest checkpoint in {self.folder}, if there is one, is sound")
-
     def checkpoint(self, iteration, networks, optimizers):
         """Saves checkpoint-NNNNNN/, what restore() puts back, where one is due: at every
         checkpoint_every iterations, at the last one, and when a process was asked to stop. Then
@@ -587,15 +574,10 @@ class Run:
         def write(folder):
             # Sharded tensors are made whole, one part at a time, in the main process.
             for name, net in networks.items():
-                state = full_state(net)
-                if is_main():
-                    save_tensors(folder / f"{name}.safetensors", state)
-                del state
+                save_tensors(folder / f"{name}.safetensors", full_state(net))
             for name, optimizer in optimizers.items():
-                state = optimizer_state(networks[name], optimizer)
-                if is_main():
-                    save_tensors(folder / f"{name}_optimizer.safetensors", state)
-                del state
+                save_tensors(folder / f"{name}_optimizer.safetensors",
+                             optimizer_state(networks[name], optimizer))
 
         if is_main():
             save_whole(self.folder / f"checkpoint-{iteration:06d}", write)
@@ -603,7 +585,7 @@ class Run:
                 shutil.rmtree(old)
             draw_curves(self.folder)
         else:
-            write(None)                                   # gives its pieces, writes nothing
+            write(self.folder)                            # gives its pieces, writes nothing
         any_process(False)
         if stop and not last:
             print(f"\nstopped after iteration {iteration}, saved; run the same command again to "
@@ -620,9 +602,8 @@ class Run:
 def newest_student(folder):
     """Where a run's newest student lies: student/ or, while it trains, the newest checkpoint."""
     # A run that was finished and then given more iterations has both.
-    saved = checkpoints(folder)
-    if saved and iteration_of(saved[-1]) > read_settings(folder)["finished"]:
-        return saved[-1]
+    if newest_iteration(folder) > read_settings(folder)["finished"]:
+        return checkpoints(folder)[-1]
     if not (Path(folder) / "student").is_dir():
         raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
     return Path(folder) / "student"
@@ -634,8 +615,7 @@ def draw_curves(folder):
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        names = [name for name in {name: 0 for line in lines for name in line}
-                 if name not in ("iteration", "seconds")]
+        names = sorted({name for line in lines for name in line} - {"iteration", "seconds"})
         figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
         for place, name in enumerate(names, 1):
             points = [(line["iteration"], line[name]) for line in lines if name in line]

@@ -52,13 +52,7 @@ LOSSES = {"ours": dmd_loss, "official": dmd_loss_official}     # --loss; a furth
 
 @dataclasses.dataclass
 class Settings(CommonSettings):
-    # what to train on
-    model: str = option(
-        "tiny", "tiny, sd3-medium, sd3.5-medium, sd3.5-large, a pipeline folder or a hub id")
-    prompts: str = option(None, "file of prompts; without it the built-in ones")
-    pool: int = option(None, "how many of the prompts to encode and train on", low=1, high=10**6)
     resolution: int = option(None, "pixels of a side (default: the model's own)", low=16, high=4096)
-    # the method
     steps: int = option(2, "student steps N [paper]", low=1, high=100)
     alpha: float = option(None, "teacher guidance only where sigma <= alpha; 1 = everywhere, which "
                           "is plain DMD", low=0, high=1)
@@ -69,9 +63,6 @@ class Settings(CommonSettings):
                        "any level [paper's figure]", choices=("window", "x0"))
     loss: str = option("ours", "plain score difference, one normaliser a sample [ours], or "
                        "pseudo-Huber, one an image column [official]", choices=tuple(LOSSES))
-    # optimisation
-    iterations: int = option(None, "iterations", low=1, high=999_999)
-    batch_size: int = option(None, "global batch B", low=1, high=65536)
     student_lr: float = option(None, "learning rate of the student", low=0, high=1)
     fake_lr: float = option(None, "learning rate of the fake score", low=0, high=1)
 
@@ -305,7 +296,6 @@ def main(argv):
         # ---- log, show, save
         done = i + 1
         last = done == settings.iterations
-        run.check_finite(done, fake_score=norm_fake, student=norm_student)
         if done % settings.log_every == 0 or last:
             x0 = torch.cat([latents[-1] for latents, _ in paths])         # B×C×H×W
             metrics = {"loss_fake": torch.stack(losses_fake).mean().item(),

@@ -44,12 +44,7 @@ from sampler import Gallery, image_noise, roll_out, sample_guided, sigma_grid, t
 
 @dataclasses.dataclass
 class Settings(CommonSettings):
-    # what to train on
-    model: str = option("tiny", "tiny, sd3-medium, sd3.5-medium, sd3.5-large, a folder or a hub id")
     init: str = option(None, "Stage I run to start from (default: runs/MODEL-stage1)")
-    prompts: str = option(None, "file of prompts; without it the built-in ones")
-    pool: int = option(None, "how many of the prompts to encode and train on", low=1, high=10**6)
-    # the method
     cached_blocks: str = option(None, "span of skipped blocks, first-last, or none")
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
     warmup: int = option(None, "iterations in which G's turns move f alone",
@@ -61,9 +56,6 @@ class Settings(CommonSettings):
     references_from: str = option(None, "Stage II run whose references are taken")
     lora_rank: int = option(None, "train LoRA of this rank, merged at the end [official 64]; "
                             "without it all weights", low=1, high=4096)
-    # optimisation
-    iterations: int = option(None, "turns, D's and G's together", low=0, high=999_999)
-    batch_size: int = option(None, "global batch B", low=1, high=65536)
     student_lr: float = option(None, "learning rate of the student", low=0, high=1)
     compensation_lr: float = option(None, "learning rate of f", low=0, high=1)
     discriminator_lr: float = option(None, "learning rate of the heads", low=0, high=1)
@@ -144,8 +136,9 @@ def resolve(settings):
     # Who makes the references must be better than the student, or D teaches nothing new.
     if settings.reference != "teacher":
         other = read_settings(settings.reference)
-        if other["steps"] <= stage1["steps"] or [other["model"], other["latent_shape"]] != [
-                stage1["model"], stage1["latent_shape"]]:
+        same_base = other["model"] == stage1["model"]
+        same_size = other["latent_shape"] == stage1["latent_shape"]
+        if other["steps"] <= stage1["steps"] or not same_base or not same_size:
             raise UserError(f"--reference {settings.reference} needs more steps than --init "
                             f"{settings.init}, and the same base model and picture size")
     # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
@@ -385,7 +378,6 @@ def main(argv):
         # ---- log, show, save
         done = i + 1
         last = done == settings.iterations
-        run.check_finite(done, **{turn: norm})
         if done % settings.log_every == 0 or last:
             # An iteration is one turn; both counts tell how many updates that makes.
             generated = sum(turn_of(j) == "generator" for j in range(done))

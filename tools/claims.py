@@ -208,7 +208,7 @@ def report(name, rows, seeds, root):
         of_a, of_b = read(rows, a, seeds, root), read(rows, b, seeds, root)
         value, low, high = interval(of_a[measure], sign, of_b[measure])
         verdict = VERDICTS[SIGNS[sense](low, bound) + SIGNS[sense](high, bound)]
-        lines.append(f"| {measure}, {a} {sign} {b} | {BRACKETS.format(value, low, high)} | "
+        lines.append(f"| {measure}: *{a}* {sign} *{b}* | {BRACKETS.format(value, low, high)} | "
                      f"{sense} {bound} | **{verdict}** |")
     return "\n".join(lines)
 
