@@ -252,9 +252,9 @@ class Rows:
     by what made them and not by luck.
     """
 
-    def __init__(self, settings, preset, texts, shape, device, stamp):
+    def __init__(self, settings, preset, texts, shape, device, protocol):
         self.settings, self.preset, self.texts = settings, preset, texts
-        self.shape, self.device, self.stamp = shape, device, stamp
+        self.shape, self.device, self.protocol = shape, device, protocol
         self.n = settings.samples_per_prompt
         self.prompts = Prompts(preset, texts, device)     # before the networks: frees its encoders
         self.decode = Decoder(preset, device)
@@ -267,7 +267,7 @@ class Rows:
         album = Album()
         if not self.preset.is_tiny:
             from tools.real_metrics import FileAlbum
-            about = {"row": name, "recipe": recipe, "device": str(self.device), **self.stamp}
+            about = {"row": name, "recipe": recipe, **self.protocol, "date": None}
             album = FileAlbum(Path(self.settings.out) / "images", name, about)
         # Of an interrupted evaluation of a real model some pictures are there already.
         total, size = self.n * len(self.texts), self.settings.batch_size
@@ -474,20 +474,17 @@ def main(argv):
         meter = RealMeter(settings.clip, settings.pickscore, settings.dino)
     # Numbers of two results.json compare only where the protocols are equal: other prompts, seeds,
     # n or feature networks give other numbers for the same model. Machine and date change none but
-    # the seconds, so they stand apart.
-    stamp = {"model": preset.name, "seed": settings.seed, "samples_per_prompt": n,
-             "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-             "images": n * len(texts), "latent_shape": leader["latent_shape"], **versions()}
-    made = {"device": str(device)}
-    for key in ("machine", "cores", "date", "processes"):
-        made[key] = stamp.pop(key)
-    protocol = {**stamp, "resize": meter.resize, "frechet_to": None}
+    # the seconds.
+    protocol = {"model": preset.name, "seed": settings.seed, "samples_per_prompt": n,
+                "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+                "images": n * len(texts), "latent_shape": leader["latent_shape"],
+                "device": str(device), **versions(), "resize": meter.resize, "frechet_to": None}
     if settings.teacher != "no":
         protocol["frechet_to"] = {"steps": TEACHER_STEPS, "guidance": leader["guidance"],
                                   "alpha": leader["alpha"]}
 
     # ------------------------------------------------------------- sample, row by row
-    sampled = Rows(settings, preset, texts, leader["latent_shape"], device, stamp)
+    sampled = Rows(settings, preset, texts, leader["latent_shape"], device, protocol)
     if tiny_world:
         sampled.add_data()
     if settings.teacher != "no":
@@ -530,7 +527,7 @@ def main(argv):
     # ------------------------------------------------------------- the result
     text = table(rows)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", {"protocol": protocol, "made": made, "rows": rows,
+    write_json(out / "results.json", {"protocol": protocol, "rows": rows,
                                       "missing": meter.missing})
     write_text(out / "table.md", text + "\n")
     save_grid(out / "grid.png", rows, albums, len(texts), n)

@@ -32,8 +32,8 @@ import re
 import sys
 from pathlib import Path
 
-from run import (UserError, any_process, full_state, is_main, load_full, newest_student, processes,
-                 rng, save_tensors, save_whole)
+from run import (UserError, any_process, fill_in, full_state, is_main, load_full, newest_student,
+                 processes, rng, save_tensors, save_whole)
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -166,6 +166,21 @@ def check_base(preset, offline=False):
                         "for a shift of 3, as in Stable Diffusion 3")
     # Each level of the VAE but the last halves the picture's side.
     return config, 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def prepare(settings, tiny, sd3, stage):
+    """What both training scripts do first: fills in the values of the miniature or of the real
+    models and checks what belongs together, before anything is loaded. Returns the preset, the
+    device, the prompts, the transformer's config and the VAE's factor."""
+    preset = find_preset(settings.model)
+    fill_in(settings, tiny if preset.is_tiny else sd3)
+    settings.model = preset.name                          # a folder's whole path
+    settings.out = settings.out or f"runs/{Path(preset.name).name}-stage{stage}"
+    settings.check_batch()
+    device = pick_device(preset, settings.device)
+    texts = choose_prompts(preset, settings.prompts, None, settings.pool, settings.seed)
+    config, factor = check_base(preset, offline=settings.dry_run)
+    return preset, device, texts, config, factor
 
 
 def load_scheduler(preset):

@@ -411,7 +411,7 @@ def test_each_turn_of_stage_one_is_the_papers_formulas(options, turns1, prompts,
     argv = [*PINNED1, *options]
     turns = record(train_stage1, [*argv, "--out", str(tmp_path / "run")]) if options else turns1
     fake_turn, student_turn = turns[2:]                   # of iteration 1
-    settings, (_, _, _, texts) = settings_of(train_stage1, argv)
+    settings, (_, _, texts, _, _) = settings_of(train_stage1, argv)
     N = settings.steps
     u = 1 - torch.arange(N + 1) / N
     sigmas = 3 * u / (1 + 2 * u)
@@ -480,7 +480,7 @@ def test_a_turn_moves_its_own_network_and_no_other(turns1):
 def test_levels_are_drawn_inside_each_samples_own_window():
     """The fake score's uniformly, the student's by the curve, each with a step of its own. Catches
     swapped curves, one k for both, and a window that is not the step's."""
-    settings, (_, _, shape, texts) = settings_of(train_stage1, ["--batch-size", "4096"])
+    settings, (_, _, texts, _, shape) = settings_of(train_stage1, ["--batch-size", "4096"])
     sigmas = sampler.sigma_grid(2)
     batch = train_stage1.draw_batch(0, settings, (1, 1, 1), sigmas, texts)
     for who, means in (("fake", (0.892, 0.461)), ("student", (0.912, 0.619))):
@@ -495,7 +495,7 @@ def test_levels_are_drawn_inside_each_samples_own_window():
 def test_no_two_iterations_draw_the_same():
     """Steps, levels, prompts and each of the three noises. Catches an iteration left out of a
     seed: the student would see one batch for ever."""
-    settings, (_, _, _, texts) = settings_of(train_stage1, ["--batch-size", "16"])
+    settings, (_, _, texts, _, _) = settings_of(train_stage1, ["--batch-size", "16"])
     sigmas = sampler.sigma_grid(2)
     one, other = (train_stage1.draw_batch(i, settings, SHAPE, sigmas, texts) for i in (0, 1))
     again = train_stage1.draw_batch(0, settings, SHAPE, sigmas, texts)
@@ -544,7 +544,8 @@ def test_the_log_tells_the_gap_by_noise_level():
 def test_training_never_sees_the_noise_of_an_evaluation():
     """Also with the same seed. Catches a student that learns by heart what it is measured on."""
     pictures = sampler.image_noise(42, range(64), SHAPE).flatten(1)
-    settings, (_, _, _, texts) = settings_of(train_stage1, ["--seed", "42", "--batch-size", "64"])
+    argv = ["--seed", "42", "--batch-size", "64"]
+    settings, (_, _, texts, _, _) = settings_of(train_stage1, argv)
     batches = [train_stage1.draw_batch(i, settings, SHAPE, sampler.sigma_grid(2), texts)
                for i in range(2)]
     noises = [batch[name] for batch in batches

@@ -32,17 +32,16 @@ Latents are [B, C, H, W].
 import dataclasses
 import itertools
 import time
-from pathlib import Path
 
-from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, fill_in,
-                 micro_batches, my_rows, option, parse_settings, rng)
+from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, micro_batches,
+                 my_rows, option, parse_settings, rng)
 
 import torch
 
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
                     importance_curve, judged_between, renoise, step_end, x0_from_velocity)
-from model import (Decoder, Prompts, check_base, choose_prompts, cost, find_preset,
-                   load_transformer, pick_device, place, save_transformer, velocity)
+from model import (Decoder, Prompts, cost, load_transformer, place, prepare, save_transformer,
+                   velocity)
 from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid
 
 # ================================================================== settings
@@ -97,16 +96,9 @@ CLIP_FAKE = 1.0                 # [official]
 
 
 def resolve(settings):
-    """Fills in what was not given and checks what belongs together, before anything is loaded.
-    Returns the preset, the transformer's config, the latent shape [C, H, W] and the prompts."""
-    preset = find_preset(settings.model)
-    fill_in(settings, TINY if preset.is_tiny else SD3)
-    settings.model = preset.name                                # a folder's whole path
-    settings.out = settings.out or f"runs/{Path(preset.name).name}-stage1"
-    settings.check_batch()
-    pick_device(preset, settings.device)                        # refuses one that is not there
-    texts = choose_prompts(preset, settings.prompts, None, settings.pool, settings.seed)
-    config, factor = check_base(preset, offline=settings.dry_run)
+    """Checks the settings before anything is loaded. Returns the preset, the device, the prompts,
+    the transformer's config and the shape [C, H, W] of a latent."""
+    preset, device, texts, config, factor = prepare(settings, TINY, SD3, stage=1)
     side = config["sample_size"]
     if settings.resolution:
         side = settings.resolution // factor
@@ -115,7 +107,7 @@ def resolve(settings):
         if settings.resolution % unit or settings.resolution > largest:
             raise UserError(f"--resolution {settings.resolution} is not a multiple of {unit} up to "
                             f"{largest}")
-    return preset, config, [config["in_channels"], side, side], texts
+    return preset, device, texts, config, [config["in_channels"], side, side]
 
 
 # ================================================================== an iteration
@@ -229,7 +221,7 @@ def draw_batch(i, settings, shape, sigmas, texts):
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "train_stage1.py", __doc__.split("\n\n")[0])
-    preset, config, shape, texts = resolve(settings)
+    preset, device, texts, config, shape = resolve(settings)
     print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
     if settings.dry_run:
         # Roll-out N, fake score and student 3 each (a backward pass counts two), teacher 2, fake
@@ -237,7 +229,6 @@ def main(argv):
         print(cost(preset, config, shape, learning=2, frozen=1, samples=settings.batch_size,
                    passes=settings.steps + 9))
         return
-    device = pick_device(preset, settings.device)
     run = Run(settings.out, {"stage": 1, **vars(settings), "latent_shape": shape}, device,
               settings.overwrite)
     if run.finished():

@@ -35,9 +35,8 @@ from tqdm import tqdm
 
 from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss
-from model import (Decoder, Discriminator, Prompts, add_lora, check_base, choose_prompts, cost,
-                   find_preset, load_student, load_transformer, parse_span, pick_device, place,
-                   save_transformer, velocity)
+from model import (Decoder, Discriminator, Prompts, add_lora, cost, load_student, load_transformer,
+                   parse_span, place, prepare, save_transformer, velocity)
 from sampler import Gallery, image_noise, roll_out, sample_guided, sigma_grid, teacher_sigmas
 
 # ================================================================== settings
@@ -104,24 +103,15 @@ def turn_of(i):
 
 
 def resolve(settings):
-    """Fills in what was not given and checks what belongs together, before anything is loaded.
-    Returns the preset, the transformer's config, the settings of the Stage I run, the span (n, m)
-    or None, and the prompts."""
-    preset = find_preset(settings.model)
-    fill_in(settings, TINY if preset.is_tiny else SD3)
-    fill_in(settings, {"cached_blocks": preset.cached_blocks})
+    """Checks the settings before anything is loaded. Returns the preset, the device, the prompts,
+    the transformer's config, the settings of the Stage I run and the span (n, m) or None."""
+    preset, device, texts, config, _ = prepare(settings, TINY, SD3, stage=2)
+    fill_in(settings, {"cached_blocks": preset.cached_blocks,
+                       "init": f"runs/{Path(preset.name).name}-stage1"})
     if settings.discriminator:
         preset = dataclasses.replace(preset, discriminator=settings.discriminator)
-    settings.model = preset.name                          # a folder's whole path
-    short = Path(preset.name).name
-    settings.init = settings.init or f"runs/{short}-stage1"
-    settings.out = settings.out or f"runs/{short}-stage2"
     if settings.cached_blocks == "none" or settings.no_compensation:
         settings.warmup = 0                               # there is no f to warm up
-    settings.check_batch()
-    pick_device(preset, settings.device)                  # refuses one that is not there
-    texts = choose_prompts(preset, settings.prompts, None, settings.pool, settings.seed)
-    config, _ = check_base(preset, offline=settings.dry_run)
 
     # Where to start: a Stage I run of the same base model.
     if settings.dry_run and not Path(settings.init).exists():   # before Stage I has run
@@ -151,11 +141,12 @@ def resolve(settings):
                                 f"{other.get(name)}, not {own[name]}")
     # Which blocks step two skips.
     if settings.cached_blocks == "none":
-        return preset, config, stage1, None, texts
+        return preset, device, texts, config, stage1, None
     if stage1["steps"] < 2:
         raise UserError(f"{settings.init} has one step; a cache needs a second one: "
                         "--cached-blocks none")
-    return preset, config, stage1, parse_span(settings.cached_blocks, config["num_layers"]), texts
+    span = parse_span(settings.cached_blocks, config["num_layers"])
+    return preset, device, texts, config, stage1, span
 
 
 # ================================================================== the two kinds of turns
@@ -271,7 +262,7 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "train_stage2.py", __doc__.split("\n\n")[0])
-    preset, config, stage1, span, texts = resolve(settings)
+    preset, device, texts, config, stage1, span = resolve(settings)
     print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
     steps, shape = stage1["steps"], stage1["latent_shape"]
     if settings.dry_run:
@@ -281,7 +272,6 @@ def main(argv):
         print(cost(preset, config, shape, learning=1, frozen=0, samples=settings.batch_size,
                    passes=nfe(steps, span, config["num_layers"]) + last * 2 / 3))
         return
-    device = pick_device(preset, settings.device)
     run = Run(settings.out, {"stage": 2, **vars(settings), "latent_shape": shape, "steps": steps,
                              "alpha": stage1["alpha"], "guidance": stage1["guidance"]}, device,
               settings.overwrite)

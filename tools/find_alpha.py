@@ -113,8 +113,8 @@ def propose(rows):
     high, low = rows[last:last + 2]                       # a straight line between these two
     t = (half - high["share"]) / (low["share"] - high["share"])
     alpha = high["sigma"] + t * (low["sigma"] - high["sigma"])
-    return alpha, ("guidance draws the pictures of a prompt together most at "
-                   f"σ = {worst['sigma']:g} (share {worst['share']:.2f}); half of that is left at α")
+    return alpha, ("guidance draws a prompt's pictures together most at "
+                   f"σ = {worst['sigma']:g} (share {worst['share']:.2f}); half of it is left at α")
 
 
 @command

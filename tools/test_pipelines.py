@@ -106,8 +106,7 @@ def test_a_call_that_does_not_belong_to_the_path_runs_in_full(stock_pipe, cache,
     ("skip_layers", [2]), ("block_controlnet_hidden_states", [torch.zeros(1)]),
     ("joint_attention_kwargs", {"scale": 0.5})])
 def test_an_argument_that_acts_inside_the_span_is_refused(stock_pipe, cache, prompts, name, value):
-    """Catches guidance by skipped layers, a ControlNet or an adapter's scale lost without a word;
-    an empty argument, as pipelines pass it, is none."""
+    """Catches one that is lost without a word; an empty one, as pipelines pass it, is none."""
     with pytest.raises(ValueError, match=f"^{name} does not go together with a block cache"):
         call(stock_pipe.transformer, prompts.take([0]), 1000, **{name: value})
     assert cache.delta is None
@@ -285,9 +284,8 @@ def test_torchrun_starts_a_training_and_it_ends_well(commands, tmp_path):
     pytest.param(train_stage2, signal.SIGTERM, 3, LOG, id="SIGTERM"),
     pytest.param(train_stage2, signal.SIGINT, 1, [(train_stage2, "sample_guided")], id="early")])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(script, number, n, calls, commands, tmp_path):
-    """Ctrl-C, also while references are made, and SIGTERM, which machines send that are taken away.
-    Catches a signal that is lost, one that costs an iteration, and an exit code that says all is
-    done."""
+    """Ctrl-C, also while references are made, and SIGTERM. Catches a signal that is lost, one that
+    costs an iteration, and an exit code that says all is done."""
     out = tmp_path / "run"
     assert commands.run(script, out, change=signalled(number, n, calls)) == {130}
     assert [path.name[-1] for path in run.checkpoints(out)] == (["2", "3"] if n == 3 else [])
