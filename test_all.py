@@ -1269,6 +1269,18 @@ def test_a_gradient_that_is_not_finite_moves_no_weight_and_stops_the_run(
     assert all(value.isfinite().all() for value in state.values())
 
 
+def test_gradients_are_clipped_by_one_norm_of_all_learners():
+    """Catches a clip of each network by itself, and gradients that go into the next update."""
+    weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    grads = [torch.tensor([3.0, 0, 0]), torch.tensor([0, 4.0, 0])]
+    for weight, grad in zip(weights, grads, strict=True):
+        weight.grad = grad.clone()
+    norm = run.clip_and_step([torch.optim.SGD([weight], lr=1.0) for weight in weights], 2.0)
+    assert norm == pytest.approx(5)
+    for weight, grad in zip(weights, grads, strict=True):
+        assert torch.allclose(-weight.data, 2 / 5 * grad) and weight.grad is None
+
+
 def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch, capsys):
     """The disk fills while the second checkpoint is written: one line, exit code 1, the first one
     is whole, and the same command ends as the undisturbed run."""
