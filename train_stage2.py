@@ -310,13 +310,13 @@ def main(argv):
     gallery = Gallery(preset, prompts)
 
     # ------------------------------------------------------------- references, made once
+    begun = time.perf_counter()
     reference_prompts = torch.randint(len(texts), (settings.references,),
                                       generator=rng(settings.seed, "references"))       # R
     references = find_references(run, settings, preset, stage1, prompts, reference_prompts,
                                  decode)                  # R×3×8H×8W, uint8
 
     # ------------------------------------------------------------- train
-    begun = time.perf_counter()
     metrics = {}                                          # of the newest turn of each kind
     bar = run.bar(start, "stage 2")
     for i in bar:
