@@ -159,11 +159,15 @@ def check_base(preset, offline=False):
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise UserError(f"{preset.source} holds a {config.get('_class_name')}, "
                         "not an SD3Transformer2DModel")
-    # The student's grid (sampler.sigma_grid) is SD3's: shift 3, for every picture size.
-    if schedule.shift != 3.0 or schedule.use_dynamic_shifting:
-        raise UserError(f"{preset.source}: its scheduler has shift = {schedule.shift}, dynamic "
-                        f"shifting {schedule.use_dynamic_shifting}; the student's sigmas are made "
-                        "for a shift of 3, as in Stable Diffusion 3")
+    # The student's grid (sampler.sigma_grid) is SD3's: shift 3, for every picture size, and none of
+    # the scheduler's other ways to space its sigmas.
+    others = [name for name in ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas",
+                                "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+                                "stochastic_sampling") if getattr(schedule, name, None)]
+    if schedule.shift != 3.0 or others:
+        raise UserError(f"{preset.source}: its scheduler has shift = {schedule.shift} "
+                        f"{', '.join(others)}; the student's sigmas are made for a shift of 3, as "
+                        "in Stable Diffusion 3")
     # Each level of the VAE but the last halves the picture's side.
     return config, 2 ** (len(vae["block_out_channels"]) - 1)
 
@@ -663,12 +667,12 @@ def read_prompts(path):
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith(("{", "[")):          # a bracket must not become a prompt
             try:
-                line = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
+                line = json.loads(line)["prompt"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"--prompts {path}, line {number}: neither a prompt nor a JSON "
                                 "object with \"prompt\"") from None
-        if str(line).strip():
-            prompts.append(str(line).strip())
+        if line.strip():
+            prompts.append(line.strip())
     if not prompts:
         raise UserError(f"--prompts {path}: no prompt in it")
     return prompts

@@ -473,10 +473,11 @@ class Run:
             if newest > max(settings["iterations"], self.result):
                 raise UserError(f"{folder} is at iteration {newest} already; give more "
                                 "--iterations")
+        self.replace = overwrite and saved.exists()
         any_process(False)                                # all have looked before one writes
-        if is_main():
-            if saved.exists() and overwrite:
-                self._clear()
+        if is_main() and self.replace:
+            (self.folder / "prompts.safetensors").unlink(missing_ok=True)
+        elif is_main():
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             self._write_settings()
 
@@ -493,8 +494,10 @@ class Run:
         iteration, or 0. A sharded network takes its part of each tensor: any number of processes
         may have saved it. Metrics logged after that checkpoint are dropped, so that metrics.jsonl
         tells one uninterrupted story."""
+        if is_main() and self.replace:                    # only now that all else has been loaded
+            self._clear()
+        any_process(False)                                # the others look after that
         iteration = newest_iteration(self.folder)
-        any_process(False)                                # all have looked before one writes
         if is_main():
             self._cut_metrics(iteration)
         if not iteration:
@@ -518,8 +521,10 @@ class Run:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != "settings.json":
+            elif path.name not in ("settings.json", "prompts.safetensors"):
                 path.unlink()
+        (self.folder / "samples").mkdir()
+        self._write_settings()
 
     def _write_settings(self):
         write_json(self.folder / "settings.json",

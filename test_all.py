@@ -132,6 +132,7 @@ def record(script, argv):
         patch.setattr(script.Run, "restore", spy_on_restore)
         patch.setattr(script, "clip_and_step", spy_on_step)
         patch.setattr(sampler.Gallery, "save", lambda *a, **k: None)
+        patch.setattr(run, "draw_curves", lambda folder: None)
         script.main(argv)
     return updates
 
@@ -1164,8 +1165,9 @@ def test_the_exact_reader_reads_what_was_drawn():
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Leaves out the sample grids, which change no weight."""
+    """Leaves out sample grids and curves, which change no weight."""
     monkeypatch.setattr(sampler.Gallery, "save", lambda *a, **k: None)
+    monkeypatch.setattr(run, "draw_curves", lambda folder: None)
 
 
 def refused(main, argv, capsys):
@@ -1247,6 +1249,12 @@ def test_nothing_of_the_users_is_deleted_without_overwrite(finished, no_pictures
     train_stage1.main(argv)
     prompts.write_text("a red circle\na blue square\n")
     assert "other prompts" in refused(train_stage1.main, [*argv, "--iterations", "2"], capsys)
+    # Not before the new one has been loaded.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_stage1, "load_transformer", lambda *a, **k: open("nowhere"))
+        with pytest.raises(SystemExit):
+            train_stage1.main([*argv, "--overwrite", "--alpha", "0.5"])
+    assert run.read_settings(out)["alpha"] == 0.94 and len(run.checkpoints(out)) == 1
     train_stage1.main([*argv, "--overwrite", "--alpha", "0.5"])
     assert run.read_settings(out)["alpha"] == 0.5 and len(run.checkpoints(out)) == 1
     assert len(metrics(out)) == 1

@@ -300,9 +300,9 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(script, comm
     Catches all that a checkpoint lacks, a file that is half there and believed, an old checkpoint
     that goes before the new one is whole, and a folder that is taken for somebody else's."""
     out, newest = tmp_path / "run", [0]
-    for moment in sorted(random.Random(0).sample(range(1, 80), 7)):
-        killed = signalled(signal.SIGKILL, moment, DISK)
-        assert commands.run(script, out, change=killed) <= {0, -9}
+    in_checkpoints = sorted(random.Random(3).sample(range(18, 64), 5))
+    for n in (2, 7, 11, *in_checkpoints):                 # settings, prompts, references; later
+        assert commands.run(script, out, change=signalled(signal.SIGKILL, n, DISK)) <= {0, -9}
         newest.append(run.newest_iteration(out))
     assert newest == sorted(newest) and len({*newest}) > 2
     assert commands.run(script, out) == {0}

@@ -1,435 +1,384 @@
-"""The journey of a real model's user, on a stand-in of true layout: three text encoders with their
-own tokenizers (77 + 256 tokens), a VAE of 16 channels, three blocks, random weights.
+"""What a real model's user does, on a stand-in of the hub's folders: true layout, three narrow
+blocks, random weights. And what can be switched on. A docstring says which mistake is caught.
 
     python -m pytest -q tools/test_real_path.py
-
-Names are sentences; a docstring says which mistake the test would catch.
 """
 
-import json
-import os
-import subprocess
+import re
+import shutil
+import socket
 import sys
-import time
-import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
-import diffusers
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import run  # first, as in every script: it silences what the others import
+import torch
+from diffusers import SD3Transformer2DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import model
 import sampler
 import train_stage1
 import train_stage2
-from test_all import SMALL, STAGE2, weights
-from tools.processes import clip_and_step, optimizer_tensors
-from tools.test_processes import environment
-from tools.test_tools import assert_same_student, lines_of, refused
+from test_all import TINY, ask, assert_close, metrics, references_of, refused, same, weights
+from tools import random_model
 
-pytestmark = pytest.mark.usefixtures("one_process")
-HERE = Path(model.__file__).parent
-WORDS = ["--batch-size", "2", "--pool", "4", "--log-every", "1", "--sample-every", "9",
-         "--checkpoint-every", "1"]
-TURNS = [*WORDS, "--cached-blocks", "0-1", "--references", "6", "--warmup", "0",
-         "--compensation-lr", "1e-3"]
-
-
-@pytest.fixture(autouse=True)
-def few_turns(monkeypatch):
-    """Turns G, D, D, G, …; no sample grids."""
-    monkeypatch.setattr(train_stage2, "D_ONLY", 0)
-    monkeypatch.setattr(sampler.Gallery, "save", lambda *a: None)
+CPU, SHAPE = torch.device("cpu"), (16, 8, 8)
+NARROW = {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16,
+          "joint_attention_dim": 32, "pooled_projection_dim": 32, "pos_embed_max_size": 8}
+COMMON = ["--batch-size", 2, "--pool", 4, "--iterations", 2, "--checkpoint-every", 1]
+WORDS = {train_stage1: [*COMMON, "--log-every", 1],
+         train_stage2: [*COMMON, "--cached-blocks", "0-1", "--references", 4, "--warmup", 0,
+                        "--compensation-lr", 1e-2]}
 
 
-@pytest.fixture(scope="session")
-def stage1(small_sd3, tmp_path_factory):
-    """A Stage I run of the stand-in."""
-    out = tmp_path_factory.mktemp("real") / "stage1"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler.Gallery, "save", lambda *a: None)
-        train_stage1.main(["--model", str(small_sd3), *WORDS, "--iterations", "2", "--out",
-                           str(out)])
+def line_of(script, out, *words):
+    """A command line. Later words replace earlier ones."""
+    return [str(word) for word in [*WORDS[script], *words, "--out", out]]
+
+
+def train(script, out, *words):
+    script.main(line_of(script, out, *words))
     return out
 
 
-def interrupt_after(script, count, patch):
-    """From now on the script stops, as by Ctrl-C, after so many updates."""
-    real, calls = clip_and_step, []
-
-    def step(*arguments):
-        calls.append(arguments)
-        if len(calls) == count:
-            os.kill(os.getpid(), 2)
-        return real(*arguments)
-    patch.setattr(script, "clip_and_step", step)
-
-
-def sample(folder, out):
-    """The picture of one prompt and noise of a run, as bytes."""
-    sampler.main(["--checkpoint", str(folder), "--prompt", "an old cat", "--num-images", "1",
-                  "--out", str(out)])
-    return out.read_bytes()
+def make_base(folder, name="sd3-medium"):
+    """A pipeline folder as the hub has it, narrow enough for a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in NARROW.items():
+            patch.setitem(model.PRESETS[name].architecture, key, value)
+        patch.setitem(random_model.SD3_VAE, "block_out_channels", [8] * 4)
+        patch.setitem(random_model.SD3_VAE, "norm_num_groups", 4)
+        patch.setitem(random_model.CONVNEXT_BASE, "depths", [1] * 4)
+        patch.setitem(random_model.CONVNEXT_BASE, "hidden_sizes", [8] * 4)
+        patch.setattr(random_model, "CLIP_WIDTHS", ((16, 2), (16, 2)))
+        patch.setattr(random_model, "T5_WIDTH", 32)
+        random_model.main(["--model", name, "--blocks", "3", "--size", "8", "--out", str(folder)])
+    return folder
 
 
-# ----------------------------------------------------------------------------- the presets
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A base, both stages on it (Stage II: a turn of G, one of D), the words that make Stage II
+    again. No network; no curves and sample grids, which take most of the time."""
+    folder = tmp_path_factory.mktemp("real")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", lambda *a: pytest.fail("asked the network"))
+        patch.setitem(sys.modules, "lpips", None)         # as if not installed
+        patch.setattr(run, "draw_curves", lambda folder: None)
+        patch.setattr(sampler.Gallery, "save", lambda *a: None)
+        patch.setattr(train_stage2, "D_ONLY", 0)
+        base = make_base(folder / "sd3")
+        stage1 = train(train_stage1, folder / "stage1", "--model", base)
+        again = ["--model", base, "--init", stage1]
+        stage2 = train(train_stage2, folder / "stage2", *again)
+        yield SimpleNamespace(base=base, preset=model.find_preset(str(base)), stage1=stage1,
+                              stage2=stage2, again=again)
 
-@pytest.mark.parametrize("name, span, flops, with_f", [
-    ("sd3-medium", (2, 9), 1.666, 1.676), ("sd3.5-medium", (2, 9), 1.608, 1.615),
-    ("sd3.5-large", (2, 11), 1.737, 1.743)])
-def test_the_nfe_meter_gives_the_known_numbers(name, span, flops, with_f):
-    """By FLOPs with f, at 1024² and 333 text tokens. Catches a counter that misses attention."""
-    counted = sampler.count_nfe(model.PRESETS[name], span)
+
+def load(folder):
+    """(student, span, f) as our commands load them from a run."""
+    settings = run.read_settings(folder)
+    return model.load_student(folder, settings, model.find_preset(settings["model"]), CPU)
+
+
+def pulls(folder):
+    """What the first update's gradients left in the optimisers, {name: tensor}."""
+    return {name: tensor for file in (folder / "checkpoint-000001").glob("*_optimizer.safetensors")
+            for name, tensor in load_file(file).items() if name.endswith("exp_avg")}
+
+
+# ================================================================== from training to the table
+
+def meters(folder):
+    """Stand-ins for CLIP, PickScore and DINOv2, as options of evaluate.py."""
+    from transformers import (BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel,
+                              CLIPProcessor, Dinov2Config, Dinov2Model)
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    vision = dict(**small, image_size=16, patch_size=8)
+    size = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    tokenizer = random_model.clip_tokenizer()
+    text = dict(**small, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    for name in ("clip", "pickscore"):
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        CLIPModel(config).save_pretrained(folder / name)
+        CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder / name)
+    Dinov2Model(Dinov2Config(**vision)).save_pretrained(folder / "dino")
+    BitImageProcessor(**size).save_pretrained(folder / "dino")
+    return ["--clip", folder / "clip", "--pickscore", folder / "pickscore", "--dino",
+            folder / "dino"]
+
+
+def test_a_real_model_goes_from_training_to_the_table(real, tmp_path, capsys):
+    """Also when it was interrupted. Catches a column of one world asked of the other, two rows that
+    are one path, hours spent again, and pictures of another seed that pass for these."""
+    prompts, out = tmp_path / "prompts", tmp_path / "out"
+    prompts.write_text('an old cat\n{"prompt": "a red ../fox"}\n')
+    argv = [str(word) for word in [
+        "--model", real.base, "--checkpoint", real.stage1, real.stage2, "--prompts", prompts,
+        "--samples-per-prompt", 2, *meters(tmp_path), "--out", out]]
+    sampler.main(["--checkpoint", str(real.stage2), "--prompts", str(prompts), "--num-images", "3",
+                  "--out", str(tmp_path / "grid.png")])
+    with Image.open(tmp_path / "grid.png") as picture:    # two pixels of white around each
+        assert picture.size == (3 * 66, 2 * 66)
+    evaluate.main(argv)
+    assert not (real.stage2 / "prompts.safetensors").exists(), "they are its Stage I's"
+    rows = {row["name"]: row for row in run.read_json(out / "results.json")["rows"]}
+    assert list(rows)[0] == "teacher, w = 7 for sigma <= 0.94"
+    assert [row["nfe_blocks"] for row in rows.values()] == pytest.approx(
+        [51, 56, 28, 2, 2, 4 / 3, 4 / 3, 4 / 3, 2, 4 / 3])
+    assert len({row["pick_score"] for row in rows.values()}) == 10
+    assert {name for name in evaluate.MEASURES if rows["stage2"][name] is not None} == {
+        "clip_score", "pick_score", "diversity", "frechet_to_teacher"}
+    assert rows["stage2"]["speedup"] > 1 and rows["stage2"]["against"]["name"] == "stage1"
+    with Image.open(out / "images" / "stage2" / "000002.png") as picture:
+        assert picture.text["prompt"] == "a red ../fox" and picture.size == (64, 64)
+
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("images/*/*.png")}
+    (out / "images" / "stage2" / "000001.png").unlink()
+    (out / "images" / "stage2" / "000002.png").write_bytes(b"half")
+    evaluate.main(argv)
+    made = [path.name for path in stamps if path.stat().st_mtime_ns != stamps[path]]
+    assert len(stamps) == 40 and sorted(made) == ["000001.png", "000002.png"]
+    assert "another recipe, seed" in refused(evaluate.main, [*argv, "--seed", "2"], capsys)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_result_goes_into_a_stock_pipeline_as_the_readme_says(dtype, real):
+    """The README's own lines, of this run and base. Catches a snippet that is not what training
+    took for granted, and an f or a student of another precision than the pipeline's."""
+    readme = Path(model.__file__).with_name("README.md").read_text()
+    code, = re.findall(r"```python\n(import torch\n.*?)```", readme, re.S)
+    x = sampler.image_noise(42, [0], SHAPE)
+    names = {"more": {"latents": x.to(getattr(torch, dtype)), "output_type": "pt"}}
+    for old, new in {"runs/tiny-stage2": str(real.stage2), "tiny/sd3": str(real.base),
+                     "(1, 4)": "(0, 1)", "text_encoder_3=None,": "", "tokenizer_3=None,": "",
+                     "max_sequence_length=0": "**more"}.items():
+        assert old in code, old
+        code = code.replace(old, new)
+    code = code.replace('student")', 'student", torch_dtype=torch.float32)')
+    exec(code.replace("torch.float32", f"torch.{dtype}"), names)
+    student, span, f = load(real.stage2)
+    prompt = model.Prompts(real.preset, ["a red circle"], CPU).take([0])
+    with torch.no_grad():
+        latents, _, _ = sampler.roll_out(student, x, prompt, sampler.sigma_grid(2), span, f)
+        error = names["image"] - model.Decoder(real.preset, CPU)(latents[-1]).clamp(0, 1)[0]
+    assert error.abs().max() < {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}[dtype]
+
+
+# ================================================================== base models
+
+@pytest.mark.parametrize("form", ["fp16", "shards", "fp16 shards", "no T5", "sd3.5-medium"])
+def test_folders_as_they_are_in_public_load(form, real, tmp_path, monkeypatch):
+    """Half-precision files alone, weights in pieces, no T5, dual attention. Catches a loader that
+    looks for one file of one name, and 256 tokens of nobody."""
+    folder, out = tmp_path / "base", tmp_path / "run"
+    if form == "no T5":                                   # model_index.json still names it
+        shutil.copytree(real.base, folder, ignore=shutil.ignore_patterns("*_3"))
+    elif form == "sd3.5-medium":
+        make_base(folder, form)
+    else:
+        pipe = model.load_pipeline(real.preset, torch.float16)
+        pipe.save_pretrained(folder, variant="fp16" if "fp16" in form else None,
+                             max_shard_size="30KB" if "shards" in form else "1GB")
+    monkeypatch.chdir(tmp_path)
+    train(train_stage1, out, "--model", "base", "--iterations", 1)
+    assert run.read_settings(out)["model"] == str(folder), "found from anywhere"
+    if form.startswith(("fp16", "shards")):
+        assert metrics(out) == metrics(real.stage1)[:1]
+    tokens = load_file(out / "prompts.safetensors")["embeds"].shape[1]
+    assert tokens == (77 if form == "no T5" else 333)
+    assert any("attn2" in name for name in weights(out)) == (form == "sd3.5-medium")
+
+
+HARMS = {"lacks the tensor": lambda tensors: tensors.pop(min(tensors)),
+         "foreign tensor": lambda tensors: tensors.update({"to_q.lora_A": torch.zeros(2)}),
+         "cannot load": lambda tensors: tensors.update({min(tensors): torch.zeros(3, 5)})}
+
+
+@pytest.mark.parametrize("harm", [*HARMS, "pickle"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2", "text_encoder_3",
+                                  "discriminator_backbone", "student"])
+def test_weights_that_do_not_fit_are_refused(part, harm, real, tmp_path, capsys):
+    """The libraries fill in at random what is missing, and drop what they do not know. Catches a
+    run on half a model, and code that a pickle brings."""
+    folder, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(real.stage1 if part == "student" else real.base, folder)
+    file, = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    if harm == "pickle":
+        torch.save(tensors, file.with_suffix(".bin"))
+        file.unlink()
+    else:
+        HARMS[harm](tensors)
+        save_file(tensors, file, {"format": "pt"})
+    if part == "student":
+        line = refused(sampler.main, ["--checkpoint", str(folder), "--out", f"{out}.png"], capsys)
+    elif part == "discriminator_backbone":
+        argv = line_of(train_stage2, out, *real.again, "--discriminator", folder / part)
+        line = refused(train_stage2.main, argv, capsys)
+    else:
+        line = refused(train_stage1.main, line_of(train_stage1, out, "--model", folder), capsys)
+    assert harm.replace("pickle", "cannot load") in line and str(folder) in line
+    # Prompts may be encoded already: the same command takes them once that part is mended.
+    assert {path.name for path in out.rglob("*.safetensors")} <= {"prompts.safetensors"}
+
+
+@pytest.mark.parametrize("part, change, words", [
+    ("scheduler/scheduler_config.json", {"shift": 1.0}, "shift = 1.0"),
+    ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "shifting True"),
+    ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "holds a Flux")])
+def test_a_base_of_another_kind_is_refused_before_anything_is_loaded(part, change, words, real,
+                                                                     tmp_path, capsys):
+    """Its student would be trained on other sigmas than its scheduler gives, or crash."""
+    folder, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(real.base, folder)
+    run.write_json(folder / part, run.read_json(folder / part) | change)
+    argv = line_of(train_stage1, out, "--model", folder)
+    assert words in refused(train_stage1.main, argv, capsys) and not out.exists()
+
+
+@pytest.mark.parametrize("name, parameters, flops, with_f", [
+    ("sd3-medium", 2_028_328_000, 1.666, 1.676), ("sd3.5-medium", 2_243_171_520, 1.608, 1.615),
+    ("sd3.5-large", 8_056_627_520, 1.737, 1.743)])
+def test_presets_are_the_published_models(name, parameters, flops, with_f):
+    """And what a cached picture costs by FLOPs at 1024² and 333 text tokens. Catches a default that
+    fills in something else, and a counter that misses attention."""
+    preset = model.PRESETS[name]
+    net = model.empty_transformer(preset.architecture)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    counted = evaluate.count_nfe(preset, model.parse_span(preset.cached_blocks, 24))
     assert counted["flops"] == pytest.approx(flops, abs=1e-3)
     assert counted["flops_with_f"] == pytest.approx(with_f, abs=1e-3)
 
 
-@pytest.mark.parametrize("name, billions, blocks, width, norms, dual, side", [
-    ("sd3-medium", 2.028, 24, 1536, 0, 0, 192), ("sd3.5-medium", 2.243, 24, 1536, 4, 13, 384),
-    ("sd3.5-large", 8.057, 38, 2432, 4, 0, 192)])
-def test_presets_have_the_published_architecture(name, billions, blocks, width, norms, dual, side):
-    """Parameters, blocks, width, qk-norm, dual attention, largest side, from the built network.
-    Catches a preset that some default fills in differently."""
-    with torch.device("meta"):
-        net = model.CachedSD3(**model.PRESETS[name].architecture)
-    assert sum(p.numel() for p in net.parameters()) == pytest.approx(billions * 1e9, rel=5e-4)
-    assert (len(net.transformer_blocks), net.inner_dim) == (blocks, width)
-    attention = net.transformer_blocks[0].attn
-    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-    assert sum(getattr(attention, name) is not None for name in names) == norms
-    assert [block.attn2 is not None for block in net.transformer_blocks] == (
-        [True] * dual + [False] * (blocks - dual))
-    assert net.pos_embed.pos_embed.shape == (1, side ** 2, width)
+def test_a_dry_run_writes_nothing_and_asks_no_network(real, tmp_path, monkeypatch, capsys):
+    """Catches a plan that needs gated weights, or a Stage I run where there is none yet."""
+    monkeypatch.chdir(tmp_path)
+    train_stage1.main(["--model", str(real.base), "--dry-run"])
+    train_stage2.main(["--model", "sd3.5-medium", "--dry-run"])
+    assert capsys.readouterr().out.count("billion parameters") == 2 and not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------- forms of the folder
-
-@pytest.mark.parametrize("form", ["sharded", "fp16"])
-def test_sharded_and_half_precision_folders_simply_load(form, small_sd3, stage1,
-                                                        tmp_path):
-    """As the hub has them. Catches a loader that looks for one file of one name."""
-    dtype = torch.float16 if form == "fp16" else torch.float32
-    pipe = model.load_pipeline(model.find_preset(str(small_sd3)), dtype)
-    how = {"variant": "fp16"} if form == "fp16" else {"max_shard_size": "30KB"}
-    base = tmp_path / "base"
-    pipe.save_pretrained(base, **how)
-    files = [path.name for path in (base / "transformer").glob("*.safetensors")]
-    assert len(files) > 1 if form == "sharded" else files == [
-        "diffusion_pytorch_model.fp16.safetensors"]
-    train_stage1.main(["--model", str(base), *WORDS, "--iterations", "2", "--out",
-                       str(tmp_path / "run")])
-    if form == "sharded":
-        assert_same_student(stage1, tmp_path / "run", least=90)
-    else:
-        line = lines_of(tmp_path / "run")[-1]
-        assert line["loss_fake"] == pytest.approx(lines_of(stage1)[-1]["loss_fake"], rel=1e-2)
-
-
-def test_the_stock_call_is_code_that_runs_on_a_half_precision_base(small_sd3, tmp_path):
-    """distill.json's stock_call, evaluated, on a base whose files are fp16, gives the student's
-    picture. Catches encoders in half and a student in fp32: "Input type (c10::Half) …"."""
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-    base, out = tmp_path / "base", tmp_path / "run"
-    pipe = model.load_pipeline(model.find_preset(str(small_sd3)), torch.float16)
-    pipe.save_pretrained(base)
-    train_stage1.main(["--model", str(base), *WORDS, "--iterations", "1", "--out", str(out)])
-    recipe = run.read_json(out / "distill.json")
-    call = recipe["stock_call"].replace("RUN", str(out))
-    noise = sampler.image_noise(42, [0], recipe["latent_shape"]).half()
-    names = {"StableDiffusion3Pipeline": StableDiffusion3Pipeline, "torch": torch,
-             "SD3Transformer2DModel": SD3Transformer2DModel, "prompt": "an old cat"}
-    diffusers.utils.logging.disable_progress_bar()
-    maker, arguments = call.rsplit(")(prompt", 1)
-    pipe = eval(maker + ")", names)
-    pipe.set_progress_bar_config(disable=True)
-    picture = eval(f"pipe(prompt{arguments[:-1]}, latents=noise, output_type='pt')",
-                   {**names, "pipe": pipe, "noise": noise}).images
-    diffusers.utils.logging.enable_progress_bar()
-    preset, device = model.find_preset(str(base)), torch.device("cpu")
-    student, _, _ = sampler.load_student(out, preset, recipe, device)
-    with torch.no_grad():
-        latents, _, _ = sampler.roll_out(
-            student, noise.float(), model.Prompts(preset, ["an old cat"], device).take([0]),
-            sampler.sigma_grid(2))
-        ours = model.Decoder(preset, device)(latents[-1]).clamp(0, 1)
-    assert picture.dtype == torch.float16 and (picture.float() - ours).abs().max() < 0.02
-
-
-# ----------------------------------------------------------------------------- to the end
-
-def test_a_lora_run_is_sampled_before_and_after_its_end(small_sd3, stage1, tmp_path,
-                                                        monkeypatch, capsys):
-    """G's and D's turns, stopped in between, sampled, gone on with, merged. Catches a checkpoint
-    with adapters that the sampler takes for a broken student."""
-    pytest.importorskip("peft")
-    words = ["--model", str(small_sd3), *TURNS, "--lora-rank", "2", "--student-lr", "1e-2",
-             "--init", str(stage1), "--iterations", "4", "--out"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        interrupt_after(train_stage2, 2, patch)
-        train_stage2.main([*words, str(tmp_path / "run")])
-    assert not (tmp_path / "run" / "student").exists()
-    unfinished = sample(tmp_path / "run", tmp_path / "half.png")
-    for folder in ("run", "undisturbed"):
-        train_stage2.main([*words, str(tmp_path / folder)])
-    assert_same_student(tmp_path / "run", tmp_path / "undisturbed", least=90)
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "undisturbed")
-    assert sample(tmp_path / "run", tmp_path / "end.png") != unfinished
-    # What is sampled from the last checkpoint, adapters added, is what the merged result gives.
-    preset, recipe = model.find_preset(str(small_sd3)), run.read_json(
-        tmp_path / "run" / "distill.json")
-    merged = sampler.load_student(tmp_path / "run", preset, recipe, "cpu")[0].state_dict()
-    added = sampler.load_student(tmp_path / "run", preset, recipe | {"iteration": 0}, "cpu")[0]
-    for name, tensor in added.state_dict().items():
-        assert torch.allclose(tensor, merged[name], atol=1e-3), name
-    before = sampler.load_student(stage1, preset, run.read_json(stage1 / "distill.json"), "cpu")[0]
-    assert not torch.allclose(before.state_dict()["transformer_blocks.2.attn.to_q.weight"],
-                              merged["transformer_blocks.2.attn.to_q.weight"], atol=1e-3)
-
-
-def test_the_base_under_lora_may_be_in_half_precision(small_sd3, stage1, tmp_path,
-                                                      monkeypatch):
-    """As on one GPU. Catches adapters that learn in half precision, and a merge that rounds the
-    weights that never learned."""
-    pytest.importorskip("peft")
-    words = ["--model", str(small_sd3), *TURNS, "--lora-rank", "2", "--init", str(stage1),
-             "--iterations", "2", "--out"]
-    train_stage2.main([*words, str(tmp_path / "full")])
-    monkeypatch.setattr(train_stage2, "lora_base_dtype", lambda device: torch.float16)
-    train_stage2.main([*words, str(tmp_path / "half")])
-    saved = load_file(run.checkpoints(tmp_path / "half")[-1] / "student.safetensors")
-    assert {t.dtype for name, t in saved.items() if "lora_" in name} == {torch.float32}
-    assert {t.dtype for name, t in saved.items() if "lora_" not in name} == {torch.float16}
-    full, half, before = (weights(f) for f in (tmp_path / "full", tmp_path / "half", stage1))
-    for name in full:
-        assert torch.allclose(full[name].float(), half[name].float(), atol=2e-3), name
-    assert torch.equal(half["proj_out.weight"], before["proj_out.weight"])
-
-
-@pytest.mark.slow
-def test_every_tool_takes_the_folder(small_sd3, stage1, tmp_path, capsys):
-    """The span finder, the benchmark, the plan, on a folder with fewer blocks than the preset's
-    span."""
-    from tools import benchmark, find_span
-    find_span.main(["--checkpoint", str(stage1), "--out", str(tmp_path / "span.png")])
-    benchmark.main(["--model", str(small_sd3), "--cached-blocks", "0-1", "--rounds", "1"])
-    assert "span 2-9 does not fit" in refused(
-        train_stage2, ["--model", small_sd3, "--init", stage1, "--out", tmp_path / "run"], capsys)
-    train_stage1.main(["--model", str(small_sd3), *WORDS, "--dry-run"])
-    train_stage2.main(["--model", str(small_sd3), *TURNS, "--init", str(stage1), "--dry-run"])
-    assert capsys.readouterr().out.count("memory plan") == 2
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")     # of Dynamo itself
-def test_compiled_blocks_give_the_same_run(small_sd3, stage1, tmp_path, monkeypatch):
-    """--compile. Catches weights that are saved under compiled names."""
-    compiled, real = [], torch.nn.Module.compile
-
-    def compile_quickly(module):
-        compiled.append(module)
-        real(module, backend="eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
-    train_stage1.main(["--model", str(small_sd3), *WORDS, "--iterations", "2", "--compile",
-                       "--out", str(tmp_path / "run")])
-    assert len(compiled) == 9                             # three networks of three blocks
-    ours, theirs = weights(tmp_path / "run"), weights(stage1)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
-
-
-# ----------------------------------------------------------------------------- made once
-
-def test_prompts_are_encoded_once_for_all_runs(small_sd3, tmp_path, monkeypatch):
-    """In one file beside the runs, in full batches. Catches encoders that are read again, and
-    prompts whose last bits depend on their neighbours."""
-    preset = model.find_preset(str(small_sd3))
-    texts = [f"a cat number {i}" for i in range(20)]
-    many = model.Prompts(preset, texts, torch.device("cpu"), tmp_path)
-    few = model.Prompts(preset, texts[17:18], torch.device("cpu"), tmp_path)
-    assert len(list(tmp_path.glob("prompts-*.safetensors"))) == 2
-    assert many.embeds.shape == (21, 333, 32) and many.pooled.shape == (21, 32)
-    for one, other in zip(many.take([17]), few.take([0]), strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(many.uncond(1), few.uncond(1), strict=True):
-        assert torch.equal(one, other)
-    dog = model.Prompts(preset, ["a dog"], torch.device("cpu"), tmp_path)
-    assert not torch.equal(dog.take([0])[0], few.take([0])[0]), "as many texts, but others"
-    monkeypatch.setattr(model, "encode_prompts", None)
-    again = model.Prompts(preset, texts, torch.device("cpu"), tmp_path)
-    assert torch.equal(again.embeds, many.embeds)
-    # A write that is cut off leaves no file that would be taken for whole.
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_interrupted_references_go_on_where_they_were(small_sd3, stage1, tmp_path,
-                                                      monkeypatch):
-    """Hours for a real model. Catches a kill that loses all, and references that differ by it."""
-    words = ["--model", str(small_sd3), *TURNS, "--init", str(stage1), "--iterations", "1", "--out"]
-    real, calls = train_stage2.sample_guided, []
-
-    def sample_once(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-    monkeypatch.setattr(train_stage2, "sample_guided", sample_once)
-    with pytest.raises(SystemExit) as stopped:
-        train_stage2.main([*words, str(tmp_path / "a" / "run")])
-    assert stopped.value.code == 130 and len(calls) == 2
-    train_stage2.main([*words, str(tmp_path / "a" / "run")])
-    assert len(calls) == 3, "six references are two batches; the first was there"
-    train_stage2.main([*words, str(tmp_path / "b" / "run")])
-    assert_same_student(tmp_path / "a" / "run", tmp_path / "b" / "run", least=90)
-    folders = [next((tmp_path / name).glob("references-*")) for name in "ab"]
-    assert folders[0].name == folders[1].name
-    for file in folders[0].iterdir():
-        pictures = load_file(file)["pictures"]
-        assert pictures.dtype == torch.uint8 and pictures.shape[1:] == (3, 64, 64)
-        assert torch.equal(pictures, load_file(folders[1] / file.name)["pictures"])
-
-
-def test_others_few_step_students_make_references_and_rows(finished, tmp_path,
-                                                           capsys):
-    """A transformer folder with a number of steps, here our own: its references are those of the
-    run with as many steps; its row in the table is the run's own."""
-    four = tmp_path / "four"
-    train_stage1.main([*SMALL, "--steps", "4", "--iterations", "1", "--out", str(four)])
-    words = [*STAGE2, "--iterations", "1", "--init", str(finished), "--out"]
-    pictures = []
-    for name, reference in (("run", four), ("folder", four / "student")):
-        train_stage2.main([*words, str(tmp_path / name / "run"), "--reference", str(reference)])
-        file, = (tmp_path / name).glob("references-*/*.safetensors")
-        pictures.append(load_file(file)["pictures"])
-    assert torch.equal(*pictures)
-    assert "has in_channels" in refused(train_stage2, [*words, tmp_path / "no", "--reference",
-                                                       other_channels(four, tmp_path)], capsys)
-    evaluate.main(["--checkpoint", str(four), "--few-step", str(four / "student"), "--teacher",
-                   "no", "--samples-per-prompt", "2", "--own-path", "--out", str(tmp_path / "ev")])
-    rows = json.loads((tmp_path / "ev" / "results.json").read_text())["rows"]
-    ours, theirs = [row for row in rows if row["name"] in ("four", "student, 4 steps")]
-    for key in ("steps", "nfe_blocks", "prompt_accuracy", "scene_entropy", "diversity"):
-        assert ours[key] == theirs[key], key
-
-
-def other_channels(run_folder, tmp_path):
-    """A transformer folder of another base."""
-    folder = tmp_path / "other"
-    folder.mkdir()
-    config = json.loads((run_folder / "student" / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "in_channels": 16}))
-    return folder
-
-
-# ----------------------------------------------------------------------------- checkpoints, memory
-
-def test_a_checkpoint_holds_one_part_at_a_time(small_sd3, tmp_path, monkeypatch):
-    """49 GB for SD3-Medium in Stage I. Catches all parts gathered before the first is written."""
-    alive, most, order, real = [], [], [], run.save_tensors
-
-    def watch(path, tensors):
-        if "checkpoint" in str(path):
-            order.append("write")
-            most.append(sum(ref() is not None for ref in alive))
-            alive.extend(weakref.ref(tensor) for name, tensor in tensors.items()
-                         if name.endswith("exp_avg"))
-        real(path, tensors)
-
-    def copied(*arguments):
-        """The optimiser's tensors copied, as they are where they were on a GPU or in pieces."""
-        order.append("gather")
-        return {name: tensor.clone() for name, tensor in optimizer_tensors(*arguments).items()}
-
-    monkeypatch.setattr(run, "save_tensors", watch)
-    monkeypatch.setattr(run, "optimizer_tensors", copied)
-    train_stage1.main(["--model", str(small_sd3), *WORDS, "--iterations", "1", "--out",
-                       str(tmp_path / "run")])
-    assert order == ["write", "write", "gather", "write", "gather", "write"]
-    assert len(alive) > 100 and max(most) == 0
-
-
-def test_saving_takes_two_percent_of_the_time_where_nothing_else_is_said(tmp_path, monkeypatch):
-    """A checkpoint of two minutes is due every 100 minutes, one of a second every five minutes.
-    Catches 10–20 % of a rented GPU's time."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    trained = run.Run(tmp_path, {})
-    for seconds, wait in ((120, 6000), (1, 300)):
-        trained.saved_at, trained.save_seconds = now[0], seconds
-        now[0] += wait - 1
-        assert not trained.due(7, None)
-        now[0] += 2
-        assert trained.due(7, None)
-    assert trained.due(14, 7) and not trained.due(15, 7)
-
-
-MEMORY = """
-import resource, sys, torch, run, model
-from cache import CachedSD3
-from tools.processes import any_process, first, join_processes, whole_state
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def main():
-    join_processes(torch.device("cpu"))
-    preset = model.find_preset(sys.argv[1])
-    any_process(False)
-    before = peak()
-    net = model.place(model.load_transformer(preset, everywhere=False), torch.device("cpu"))
-    whole = sum(p.numel() * 4 for p in net.parameters())
-    state = whole_state(net)
-    if first():
-        stock = CachedSD3.from_pretrained(preset.source, subfolder="transformer")
-        assert all(torch.equal(state[name], t) for name, t in stock.state_dict().items())
-    else:
-        print("SHARE", (peak() - before) / whole)
-    any_process(False)
-main()
-"""
-
-
-def test_the_second_process_never_holds_a_whole_network(small_sd3, tmp_path):
-    """Two processes with gloo; peak resident memory. Catches eight copies of SD3.5-Large, 300 GB,
-    in one machine's memory; and pieces that are not the first process's weights."""
-    config = dict(model.PRESETS["sd3-medium"].architecture, num_layers=12, num_attention_heads=8,
-                  attention_head_dim=64, caption_projection_dim=512, joint_attention_dim=512,
-                  pooled_projection_dim=64, sample_size=8, pos_embed_max_size=8)
-    base = tmp_path / "base"
-    base.mkdir()
-    for part in small_sd3.iterdir():
-        if part.name != "transformer":
-            (base / part.name).symlink_to(part)
-    diffusers.SD3Transformer2DModel(**config).save_pretrained(base / "transformer")
-    (tmp_path / "memory.py").write_text(MEMORY)
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         "29677", str(tmp_path / "memory.py"), str(base)], cwd=HERE, text=True,
-        capture_output=True, env=environment())
-    assert process.returncode == 0, process.stderr[-2000:]
-    share = float(process.stdout.split("SHARE")[1].split()[0])
-    assert 0.5 < share < 0.9, "half of the network, and what is on its way"
-
-
-def test_the_miniature_stays_on_the_cpu_where_a_gpu_is(monkeypatch):
-    """Its numbers are a CPU's, and a GPU is no faster. Catches a README whose commands give other
-    numbers on a machine that happens to have one."""
+def test_the_miniature_stays_on_the_cpu_where_a_gpu_is(real, monkeypatch):
+    """Its numbers are a CPU's. Catches a README whose commands give others where a GPU is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    tiny, real = (model.find_preset(name) for name in ("tiny", "sd3-medium"))
-    assert model.pick_device(tiny).type == "cpu"
-    assert model.pick_device(tiny, "cuda").type == "cuda"
-    assert model.pick_device(real).type == "cuda"
-    assert model.pick_device(real, "cpu").type == "cpu"
+    assert model.pick_device(TINY).type == model.pick_device(real.preset, "cpu").type == "cpu"
+    assert model.pick_device(TINY, "cuda").type == model.pick_device(real.preset).type == "cuda"
 
 
-def test_pictures_of_a_gpus_decoder_look_the_same(monkeypatch):
-    """On a GPU the VAE is in bf16. Catches a decoder that loses more than the eye sees."""
-    tiny, cpu = model.find_preset("tiny"), torch.device("cpu")
-    latents = sampler.image_noise(0, range(24), (4, 8, 8)) / 2      # any colours and edges
+# ================================================================== switches
+
+def test_lora_is_merged_into_a_stock_folder(real, tmp_path):
+    """The result, and the checkpoint as the sampler loads it, give the velocity of the network with
+    its adapters on. Catches a scale that must be guessed, and adapters that are lost on saving."""
+    pytest.importorskip("peft")
+    words = ["--lora-rank", 2, "--student-lr", 1e-2]
+    out = train(train_stage2, tmp_path / "run", *real.again, *words)
+    assert all("lora_" in name for name in pulls(out) if "blocks" in name)
+    adapted = model.load_transformer(real.preset)
+    model.add_lora(adapted, 2, seed=1)
+    adapted.load_state_dict(load_file(out / "checkpoint-000002" / "student.safetensors"))
+    merged = SD3Transformer2DModel.from_pretrained(out / "student", torch_dtype=torch.float32)
+    run.write_json(out / "settings.json", run.read_settings(out) | {"finished": 0})
+    noise = sampler.image_noise(0, [0], SHAPE)
+    prompt = model.Prompts(real.preset, ["an old cat"], CPU).take([0])
+    expected, *others = [ask(net, noise, 1.0, prompt) for net in (
+        adapted, merged, load(out)[0], load(real.stage1)[0])]
+    errors = [(v - expected).abs().max() for v in others]
+    assert errors[0] < 2e-3 and errors[1] < 1e-4 and errors[2] > 1e-2     # 2e-3: saved in half
+
+
+@pytest.mark.parametrize("words, skipped", [
+    (["--cached-blocks", "none"], set()), (["--no-compensation"], {"0", "1"})])
+def test_without_cache_or_without_f_the_student_learns_from_the_start(words, skipped, real,
+                                                                      tmp_path, capsys):
+    """The paper's "SFD", and plain reuse. Catches a warm-up of an f that is not there, blocks that
+    are skipped nevertheless, and an f that is saved."""
+    out = train(train_stage2, tmp_path / "run", *real.again, *words, "--warmup", 9)
+    reached = {name.split(".")[1] for name in pulls(out) if "blocks" in name}
+    assert reached == {"0", "1", "2"} - skipped
+    assert f"{1.333 if skipped else 2:.3f} network evaluations" in capsys.readouterr().out
+    assert load(out)[1:] == ((0, 1) if skipped else None, None)
+    assert not (out / "compensation.safetensors").exists()
+
+
+def test_a_stage_one_run_of_more_steps_makes_the_references(real, tmp_path, capsys):
+    """[official] Its own path in its own steps, without guidance. Catches the teacher's pictures
+    under another name. Stage II takes such a run, too: three of its steps reuse."""
+    four = train(train_stage1, tmp_path / "four", "--model", real.base, "--steps", 4)
+    out = train(train_stage2, tmp_path / "run", *real.again, "--reference", four)
+    drawn = torch.randint(4, (4,), generator=run.rng(3407, "references"))
+    pool = model.Prompts(real.preset, model.choose_prompts(real.preset, pool=4, seed=3407), CPU)
+    noise, grid = sampler.image_noise(3407, range(4), SHAPE, "training"), sampler.sigma_grid(4)
     with torch.no_grad():
-        exact = model.Decoder(tiny, cpu)(latents).clamp(0, 1)
-        monkeypatch.setattr(model, "frozen_dtype", lambda device: torch.bfloat16)
-        half = model.Decoder(tiny, cpu)(latents)
-    assert half.dtype == torch.float32
-    levels = 255 * (half.clamp(0, 1) - exact).abs()
-    assert 0 < levels.mean() < 1 and levels.max() < 16
+        latents, _, _ = sampler.roll_out(load(four)[0], noise, pool.take(drawn), grid)
+        expected = 255 * model.Decoder(real.preset, CPU)(latents[-1]).clamp(0, 1)
+    assert (references_of(out) - expected).abs().max() < 0.6
+    assert (references_of(real.stage2) - expected).abs().max() > 3
+    argv = line_of(train_stage2, tmp_path / "next", "--model", real.base, "--init", four)
+    for words, line in ((["--reference", str(real.stage1)], "needs more steps"),
+                        (["--model", "tiny"], f"is a run of Stage 1 from {real.base}")):
+        assert line in refused(train_stage2.main, [*argv, *words], capsys)
+    train_stage2.main(argv)
+    assert "2.000 network evaluations" in capsys.readouterr().out     # 1 + 3·(1/3)
+
+
+def test_references_of_another_run_are_taken(real, tmp_path, monkeypatch, capsys):
+    """If its draws were the same. Catches pictures of other prompts, and hours of the teacher."""
+    monkeypatch.setattr(train_stage2, "make_references", None)
+    argv = line_of(train_stage2, tmp_path, *real.again, "--references-from", real.stage2)
+    assert "another pool: 4, not 3" in refused(train_stage2.main, [*argv, "--pool", "3"], capsys)
+    train_stage2.main(argv)
+    assert same(weights(tmp_path), weights(real.stage2))
+
+
+def test_saving_memory_changes_no_gradient(real, tmp_path, monkeypatch):
+    """Micro-batches, and blocks that run again in backward; compiling is only counted. Catches a
+    sum of micro-batches for their mean, and a switch that nobody reads."""
+    switched, enable = [], model.CachedSD3.enable_gradient_checkpointing
+    monkeypatch.setattr(model.CachedSD3, "enable_gradient_checkpointing",
+                        lambda net: switched.append("net") or enable(net))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: switched.append("block"))
+    words = ["--accumulation", 2, "--gradient-checkpointing", "--compile"]
+    for script, plain, more in ((train_stage1, real.stage1, ["--model", real.base]),
+                                (train_stage2, real.stage2, real.again)):
+        out = train(script, tmp_path / plain.name, *more, *words)
+        assert_close(pulls(out), pulls(plain), 1e-2)
+    # Of Stage I student and fake score (the teacher is compiled, too), of Stage II the student.
+    assert switched.count("net") == 3 and switched.count("block") == 4 * 3
+
+
+def test_another_picture_size_goes_through_both_stages(real, tmp_path, capsys):
+    """One that cuts a token in two, or that no position embedding covers, is refused. Catches
+    latents taken for pixels, and a Stage II at the model's own size."""
+    one, words = tmp_path / "one", ["--model", real.base, "--resolution"]
+    for side in (72, 144):
+        line = refused(train_stage1.main, line_of(train_stage1, one, *words, side), capsys)
+        assert f"--resolution {side} is not a multiple of 16 up to 128" in line
+    train(train_stage1, one, *words, 96)
+    two = train(train_stage2, tmp_path / "two", "--model", real.base, "--init", one)
+    assert references_of(two).shape == (4, 3, 96, 96)
+    argv = ["--model", real.base, "--checkpoint", two, real.stage2, "--prompts", __file__]
+    assert "of another size" in refused(evaluate.main, [str(word) for word in argv], capsys)
+
+
+@pytest.mark.parametrize("text, found", [
+    ("\ufeffa red circle\r\n\r\n  a cross \r\n", ["a red circle", "a cross"]),
+    ('{"prompt": "a red circle", "id": 7}\n\na cross', ["a red circle", "a cross"]),
+    ("of\u2028glass\n", ["of\u2028glass"]), ("\n \n", "no prompt in it"),
+    ('{"prompt": "a"}\n{"caption": "b"}', "line 2: neither"), ('a\n["b"]', "line 2: neither")])
+def test_prompts_are_lines_of_text_or_of_json(text, found, tmp_path, capsys):
+    """Catches a bracket that is trained on, and a file that ends in a traceback."""
+    file, out = tmp_path / "prompts.txt", tmp_path / "run"
+    file.write_bytes(text.encode())
+    if isinstance(found, list):
+        assert model.read_prompts(file) == found
+    else:
+        argv = line_of(train_stage1, out, "--prompts", file)
+        assert found in refused(train_stage1.main, argv, capsys) and not out.exists()
