@@ -1192,7 +1192,8 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(finished, no_pictures,
 
 def test_a_resumed_stage_two_run_is_the_undisturbed_one_bit_for_bit(
         finished, finished2, no_pictures, monkeypatch):
-    """The same for student, f and heads, interrupted between two turns of D."""
+    """The same for student, f and heads, interrupted between two turns of D. The newest two
+    checkpoints stay, and the result is the last one's."""
     monkeypatch.setattr(train_stage2, "D_ONLY", 0)
     out = finished2.parent / "resumed"
     for iterations in ("2", "5"):
@@ -1200,6 +1201,11 @@ def test_a_resumed_stage_two_run_is_the_undisturbed_one_bit_for_bit(
                            "--out", str(out)])
     assert same(weights(finished2), weights(out)) and metrics(finished2) == metrics(out)
     assert torch.equal(references_of(finished2), references_of(out))
+    assert [folder.name[-6:] for folder in run.checkpoints(out)] == ["000004", "000005"]
+    newest = run.checkpoints(finished2)[-1]
+    f = load_file(newest / "compensation.safetensors")
+    assert same(f, load_file(finished2 / "compensation.safetensors"))
+    assert same(weights(finished2), load_file(newest / "student.safetensors"))
     for name in ("compensation", "discriminator", "discriminator_optimizer"):
         one, other = (load_file(run.checkpoints(folder)[-1] / f"{name}.safetensors")
                       for folder in (finished2, out))
