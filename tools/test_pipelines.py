@@ -300,8 +300,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(script, comm
     Catches all that a checkpoint lacks, a file that is half there and believed, an old checkpoint
     that goes before the new one is whole, and a folder that is taken for somebody else's."""
     out, newest = tmp_path / "run", [0]
-    in_checkpoints = sorted(random.Random(3).sample(range(18, 64), 5))
-    for n in (2, 7, 11, *in_checkpoints):                 # settings, prompts, references; later
+    for n in (*range(1, 13), *sorted(random.Random(3).sample(range(18, 70), 4))):
         assert commands.run(script, out, change=signalled(signal.SIGKILL, n, DISK)) <= {0, -9}
         newest.append(run.newest_iteration(out))
     assert newest == sorted(newest) and len({*newest}) > 2
@@ -317,11 +316,12 @@ def test_overwriting_can_be_killed_and_deletes_in_the_run_folder_alone(commands,
     shutil.copytree(old, out)
     (out / "link").symlink_to(old)
     (out.parent / "notes.txt").write_text("precious")
-    for n in itertools.count(1):
+    for n in itertools.count(3, 3):
         killed = signalled(signal.SIGKILL, n, DISK)
         assert commands.run(train_stage1, out, "--overwrite", change=killed) == {-9}
         left = run.read_settings(out)
-        assert left["finished"] == 0 or len(tensors(out)) >= len(tensors(old))
+        whole = tensors(out / "student").keys() == tensors(old / "student").keys()
+        assert whole or not left["finished"]
         if left["seed"] != 1:
             break                                         # all is cleared
     assert n > 5 and commands.run(train_stage1, out, "--overwrite") == {0}
