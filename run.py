@@ -455,7 +455,9 @@ class Run:
         saved = self.folder / "settings.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{folder} is a file; give --out a folder")
-        if self.folder.exists() and any(self.folder.iterdir()) and not saved.exists():
+        # A kill may have left a temporary file, whose name begins with a dot.
+        foreign = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
+        if foreign and not saved.exists():
             raise UserError(f"{folder} exists and is not a run folder; give --out another name")
         # What was stopped before there was anything to go on from may begin with other settings.
         begun = checkpoints(folder) or (self.folder / "references.safetensors").exists()
@@ -478,8 +480,9 @@ class Run:
         if is_main() and self.replace:
             (self.folder / "prompts.safetensors").unlink(missing_ok=True)
         elif is_main():
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            # First of all, so that a kill leaves nothing that looks like somebody else's folder.
             self._write_settings()
+            (self.folder / "samples").mkdir(exist_ok=True)
 
     def finished(self):
         """Whether the result is there already; says so."""
@@ -516,10 +519,12 @@ class Run:
         return iteration
 
     def _clear(self):
-        """Deletes the run that --overwrite replaces. settings.json stays until the new ones are
-        written, so that a kill in between leaves a run folder."""
+        """Deletes the run that --overwrite replaces. Its settings stay until the new ones are
+        written, so that a kill in between leaves a run, though one without a result."""
+        saved = self.folder / "settings.json"
+        write_json(saved, read_json(saved) | {"finished": 0})
         for path in self.folder.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name not in ("settings.json", "prompts.safetensors"):
                 path.unlink()
