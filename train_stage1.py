@@ -132,14 +132,14 @@ def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     x_k, v_k = at_step(latents, k), at_step(velocities, k)      # B×C×H×W each
     sigma_end = step_end(k, sigmas, form)                       # B
 
-    # The student's answer at step k is the guess x̂0. Its sample at the end of the step, σ_k+1, lies
-    # on the line from x_k to x̂0.
+    # The student's answer at step k is the guess x̂0. Its sample at the end of the step, σ_k+1,
+    # lies on the line from x_k to x̂0.
     x0 = x0_from_velocity(x_k, sigmas[k], v_k)
     p = euler(x_k, v_k, sigmas[k], sigma_end)
     # Fresh noise brings p from its own level σ_k+1 up to a level σ inside the step's window. (The
     # paper's figure re-noises x̂0, from level 0: deviation 2.) The next step starts from p, which
-    # still holds noise, so p is what has to be right. In the last step σ_k+1 is 0 and p is x̂0; with
-    # --form x0 that is so in every step.
+    # still holds noise, so p is what has to be right. In the last step σ_k+1 is 0 and p is x̂0;
+    # with --form x0 that is so in every step.
     x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
     # The fake score learns which velocity leads from there to x̂0. So it comes to know where the
     # student goes from each noise level, as the teacher knows it of real pictures.
