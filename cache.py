@@ -189,7 +189,7 @@ class BlockCache:
         if not isinstance(transformer, SD3Transformer2DModel):
             raise ValueError("a block cache needs an SD3Transformer2DModel as it is, not "
                              f"{type(transformer).__name__} (compile its blocks, not the whole)")
-        if "forward" in transformer.__dict__:
+        if getattr(transformer.forward, "__func__", None) is not type(transformer).forward:
             raise ValueError("this transformer's forward was replaced: remove() the other cache "
                              "first; make the cache before the pipeline is offloaded")
         self.span = check_span(span, len(transformer.transformer_blocks))

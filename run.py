@@ -455,14 +455,14 @@ class Run:
         saved = self.folder / "settings.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{folder} is a file; give --out a folder")
+        before = read_json(saved) if saved.exists() else {}
         # A kill may have left a temporary file, whose name begins with a dot.
-        foreign = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
-        if foreign and not saved.exists():
+        files = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
+        if files and not before.keys() >= {"finished", "versions"}:
             raise UserError(f"{folder} exists and is not a run folder; give --out another name")
         # What was stopped before there was anything to go on from may begin with other settings.
         begun = checkpoints(folder) or (self.folder / "references.safetensors").exists()
         if saved.exists() and (begun or (self.folder / "student").exists()) and not overwrite:
-            before = read_json(saved)
             differing = [f"{key} was {before.get(key)}, is {value}"
                          for key, value in settings.items()
                          if key not in MAY_CHANGE and before.get(key) != value]

@@ -1249,10 +1249,11 @@ def test_nothing_of_the_users_is_deleted_without_overwrite(finished, no_pictures
     own = tmp_path / "thesis"
     own.mkdir()
     (own / "chapter1.txt").write_text("years of work")
-    for more in ([], ["--overwrite"]):
+    for more in ([], ["--overwrite"], ["--seed", "1"]):
         argv = [*SMALL, "--iterations", "1", "--out", str(own), *more]
         line = refused(train_stage1.main, argv, capsys)
         assert "is not a run folder" in line and (own / "chapter1.txt").exists()
+        (own / "settings.json").write_text('{"stage": 1}')        # an editor's own
     prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("a red circle\na blue cross\n")
     argv = [*SMALL, "--iterations", "1", "--prompts", str(prompts), "--out", str(out)]

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, fill_in, gather,
-                 micro_batches, my_rows, option, parse_settings, read_settings, rng)
+                 is_main, micro_batches, my_rows, option, parse_settings, read_settings, rng)
 
 import torch
 from safetensors.torch import load_file
@@ -242,7 +242,8 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
     # Whole networks here, not sharded: each process makes its rows without waiting for the others.
     mine = my_rows(torch.arange(settings.references))
     pictures = []
-    for part in tqdm(mine.split(128 if preset.is_tiny else 4), desc="references"):
+    for part in tqdm(mine.split(128 if preset.is_tiny else 4), desc="references",
+                     disable=not is_main()):
         # The noise is the one that the student will start from, as in the official code. So
         # reference and picture usually show the same layout, and what tells them apart is detail.
         x = image_noise(settings.seed, part, shape, "training").to(device)
