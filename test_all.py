@@ -1123,6 +1123,7 @@ def test_runs_are_compared_prompt_by_prompt():
     assert found["entropy_ratio"] > 1 and found["frechet_change"] > 0
 
 
+@pytest.mark.slow
 def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, tmp_path, capsys):
     """Two runs, the teacher and the data. Catches a row without its baseline, network evaluations
     of another span, seconds of nobody, and the teacher compared with itself."""

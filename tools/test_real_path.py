@@ -231,7 +231,7 @@ def test_weights_that_do_not_fit_are_refused(part, harm, real, tmp_path, capsys)
 
 @pytest.mark.parametrize("part, change, words", [
     ("scheduler/scheduler_config.json", {"shift": 1.0}, "shift = 1.0"),
-    ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "shifting True"),
+    ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
     ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "holds a Flux")])
 def test_a_base_of_another_kind_is_refused_before_anything_is_loaded(part, change, words, real,
                                                                      tmp_path, capsys):
