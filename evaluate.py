@@ -18,8 +18,7 @@ a meter looks at the pictures; in the miniature world it is the exact reader (ti
 
 Real models have CLIP score, PickScore and LPIPS instead of the first three (tools/real_metrics.py).
 Seconds count sampling and decoding, not the text encoders; speedup is against the teacher's 28 × 2.
-Brackets are 95 % intervals. A second table compares each run, prompt by prompt, with the Stage I
-run that it started from. Read main() first: it goes through all this in order.
+Brackets are 95 % intervals over prompts. Read main() first: it goes through all this in order.
 
 Dimension key: P prompts, n pictures for each, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """
@@ -48,7 +47,6 @@ from tiny.world import CAPTIONS, draw, measure, sample_labels
 MEASURES = ("prompt_accuracy", "usual_scene", "scene_entropy", "clip_score", "pick_score",
             "diversity", "lpips", "frechet_to_teacher", "frechet_to_data")
 COLUMNS = ("name", "nfe_blocks", "nfe_flops", "seconds_per_image", "speedup", *MEASURES)
-CHANGES = ("accuracy_points", "entropy_ratio", "frechet_change")          # against its own Stage I
 
 
 # ================================================================== settings
@@ -151,38 +149,38 @@ def frechet(a, b):
 
 # ================================================================== how sure we are of it
 
-# [ours] Each round of a Fréchet distance costs two eigendecompositions, so there are fewer of them.
-# A draw has fewer distinct pictures, which makes the distance larger: its interval leans upwards.
-ROUNDS, FRECHET_ROUNDS = 1000, 200
+ROUNDS = 1000           # [ours] of the bootstrap
 
 
-def estimate(name, statistic, prompts, rounds=ROUNDS):
-    """{name: number, name_interval: [low, high]}: statistic(indices) of all prompts, and its 95 %
-    interval by bootstrap."""
-    # How far would the number move with other prompts? Draw P of the P prompts, some twice and some
-    # not at all, compute it again, and repeat. Draw whole prompts, not pictures: pictures of one
+def estimate(name, values):
+    """{name: number, name_interval: [low, high]}: the mean of a measure's values [P], one for each
+    prompt, and its 95 % interval by bootstrap."""
+    # How far would the mean move with other prompts? Draw P of the P prompts, some twice and some
+    # not at all, average again, and repeat. Draw whole prompts, not pictures: pictures of one
     # prompt are alike, and counting each as news would make the interval too narrow. The seed is
-    # fixed, so that all rows get the same draws.
-    drawn = torch.randint(prompts, (rounds, prompts), generator=rng(0, "bootstrap"))
-    values = torch.tensor([float(statistic(index)) for index in drawn])
-    interval = torch.quantile(values, torch.tensor([0.025, 0.975])).tolist()
-    return {name: float(statistic(torch.arange(prompts))), f"{name}_interval": interval}
-
-
-def nothing(names):
-    """None for each name and its interval: a measure that does not apply."""
-    return {key: None for name in names for key in (name, f"{name}_interval")}
+    # fixed, so that all rows get the same draws. (No such interval for the Fréchet distance: a draw
+    # has fewer distinct pictures, which alone makes it larger.)
+    drawn = torch.randint(len(values), (ROUNDS, len(values)), generator=rng(0, "bootstrap"))
+    means = values[drawn].mean(1).float()                                 # ROUNDS
+    interval = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
+    return {name: values.mean().item(), f"{name}_interval": interval}
 
 
 class Measured:
     """What a meter finds in the pictures of one row: by_prompt {name: [P]}, features [P, n, F].
 
     groups yields the pictures [n, 3, H, W] of each prompt in turn, so they need not fit in memory.
+    The first four of up to four prompts are kept for the picture: shown, a list of [4, 3, H, W].
     """
 
     def __init__(self, groups, texts, meter):
+        answers, self.shown = [], []
+        show = torch.linspace(0, len(texts) - 1, min(4, len(texts))).long()
         with torch.inference_mode():
-            answers = [meter(pictures, text) for pictures, text in zip(groups, texts, strict=True)]
+            for c, (pictures, text) in enumerate(zip(groups, texts, strict=True)):
+                answers.append(meter(pictures, text))
+                if c in show:
+                    self.shown.append(pictures[:4])
         # Double precision: the distance is a small difference of large traces.
         self.features = torch.stack([features for _, features in answers]).double()   # P×n×F
         self.by_prompt = {}
@@ -194,101 +192,59 @@ class Measured:
         self.by_prompt["diversity"] = torch.stack(distances)              # P
 
     def columns(self, teacher, data):
-        """The measured columns of the table; teacher and data are Measured, or None."""
-        columns, prompts = nothing(MEASURES), len(self.features)
+        """The measured columns of the table; teacher and data are Measured, or None. A measure that
+        does not apply is None."""
+        columns = dict.fromkeys(MEASURES)
         for name, values in self.by_prompt.items():
-            columns |= estimate(name, lambda i: values[i].mean(), prompts)
+            columns |= estimate(name, values)
         for name, other in (("frechet_to_teacher", teacher), ("frechet_to_data", data)):
-            if other is None or other is self:            # no distance of the teacher from itself
-                continue
-            columns |= estimate(name, lambda i: frechet(self.features[i], other.features[i]),
-                                prompts, FRECHET_ROUNDS)
+            if other not in (None, self):                 # no distance of the teacher from itself
+                columns[name] = frechet(self.features, other.features).item()
         return columns
-
-
-def compare(run, base, teacher):
-    """What changed from base, a run's Stage I, to run, both Measured: accuracy in points, the ratio
-    of scene entropies (both None for real models) and the change of the Fréchet distance to the
-    teacher (None without one), each with its interval."""
-    changes = nothing(CHANGES)
-    # Both saw the same prompts and noises, so a draw takes the same prompts of both: what is hard
-    # for both cancels, and the interval is narrower than that of two separate numbers.
-    a, b, prompts = run.by_prompt, base.by_prompt, len(run.features)
-    if "prompt_accuracy" in a:
-        gain = a["prompt_accuracy"] - b["prompt_accuracy"]                # P
-        changes |= estimate("accuracy_points", lambda i: 100 * gain[i].mean(), prompts)
-        changes |= estimate("entropy_ratio", lambda i: (a["scene_entropy"][i].mean()
-                                                        / b["scene_entropy"][i].mean()), prompts)
-    if teacher is not None:
-        def change(i):
-            target = teacher.features[i]
-            return frechet(run.features[i], target) - frechet(base.features[i], target)
-        changes |= estimate("frechet_change", change, prompts, FRECHET_ROUNDS)
-    return changes
 
 
 # ================================================================== rows
 
-class Album:
-    """The pictures of one row by index, and the seconds that each took. They stay in memory; those
-    of a real model become files (tools.real_metrics.FileAlbum)."""
-
-    def __init__(self):
-        self.pictures, self.seconds = {}, {}
-
-    def put(self, index, picture, prompt, seconds):
-        """Keeps picture [3, H, W]."""
-        self.pictures[index], self.seconds[index] = picture, seconds
-
-    def get(self, indices):
-        """Pictures [n, 3, H, W] in [0, 1]."""
-        return torch.stack([self.pictures[i] for i in indices])
-
-
 class Rows:
-    """The rows of the table so far, {column: value}, and the album of each.
+    """The rows of the table so far, {column: value}, and what the meter found in each.
 
     In every row picture j shows prompt j // n and starts from noise j of --seed. So two rows differ
     by what made them and not by luck.
     """
 
-    def __init__(self, settings, preset, texts, shape, device, protocol):
+    def __init__(self, settings, preset, texts, shape, device, meter):
         self.settings, self.preset, self.texts = settings, preset, texts
-        self.shape, self.device, self.protocol = shape, device, protocol
+        self.shape, self.device, self.meter = shape, device, meter
         self.n = settings.samples_per_prompt
         self.prompts = Prompts(preset, texts, device)     # before the networks: frees its encoders
         self.decode = Decoder(preset, device)
-        self.rows, self.albums = [], []
-        self.stage1 = {}                                  # {Stage I run's name: index of its row}
+        self.rows, self.measured = [], []
 
     def add(self, name, recipe, evaluations, sample):
         """Makes one row. recipe tells how its pictures are made; evaluations, how many a picture
         takes, by blocks and by FLOPs; sample(noise, prompt) returns latents [B, C, H, W]."""
-        album = Album()
-        if not self.preset.is_tiny:
-            from tools.real_metrics import FileAlbum
-            about = {"row": name, "recipe": recipe, **self.protocol, "date": None}
-            album = FileAlbum(Path(self.settings.out) / "images", name, about)
-        # Of an interrupted evaluation of a real model some pictures are there already.
-        total, size = self.n * len(self.texts), self.settings.batch_size
-        missing = [j for j in range(total) if j not in album.seconds]
-        for start in tqdm(range(0, len(missing), size), desc=name, leave=False):
-            batch = missing[start:start + size]
-            prompt = self.prompts.take([j // self.n for j in batch])
-            begun = time.perf_counter()
-            with torch.inference_mode():
-                noise = image_noise(self.settings.seed, batch, self.shape).to(self.device)
-                latents = sample(noise, prompt)                           # B×C×H×W
-                # .cpu() waits until a GPU has finished: without it the clock would stop too early.
-                pictures = self.decode(latents).clamp(0, 1).cpu()         # B×3×8H×8W (tiny: 4)
-            seconds = (time.perf_counter() - begun) / len(batch)
-            for j, picture in zip(batch, pictures, strict=True):
-                album.put(j, picture, self.texts[j // self.n], seconds)
+        seconds = []
+        groups = tqdm(self.groups(sample, seconds), name, len(self.texts), leave=False)
+        self.measured.append(Measured(groups, self.texts, self.meter))
         blocks, flops = evaluations
         self.rows.append({"name": name, "recipe": recipe, "steps": recipe["steps"],
                           "nfe_blocks": blocks, "nfe_flops": flops,
-                          "seconds_per_image": sum(album.seconds.values()) / total})
-        self.albums.append(album)
+                          "seconds_per_image": sum(seconds) / (self.n * len(self.texts))})
+
+    def groups(self, sample, seconds):
+        """Yields the pictures [n, 3, H, W] of each prompt; adds to `seconds` what they took."""
+        waiting = []
+        for batch in torch.arange(self.n * len(self.texts)).split(self.settings.batch_size):
+            begun = time.perf_counter()
+            noise = image_noise(self.settings.seed, batch, self.shape).to(self.device)
+            latents = sample(noise, self.prompts.take(batch // self.n))   # B×C×H×W
+            # .cpu() waits until a GPU has finished: without it the clock would stop too early.
+            pictures = self.decode(latents).clamp(0, 1).cpu()             # B×3×8H×8W (tiny: 4)
+            seconds.append(time.perf_counter() - begun)
+            waiting += pictures
+            while len(waiting) >= self.n:
+                yield torch.stack(waiting[:self.n])
+                waiting = waiting[self.n:]
 
     def add_data(self):
         """The miniature's own pictures of the captions, freshly drawn."""
@@ -296,10 +252,8 @@ class Rows:
         # the measured one is lower. This row is the mark to compare with.
         captions = torch.tensor([CAPTIONS.index(text) for text in self.texts])
         captions = captions.repeat_interleave(self.n)                     # P·n
-        labels = sample_labels(len(captions), rng(self.settings.seed, "data"), captions)
-        self.albums.append(Album())
-        for j, picture in enumerate(draw(*labels)):
-            self.albums[-1].put(j, picture, self.texts[j // self.n], seconds=None)
+        pictures = draw(*sample_labels(len(captions), rng(self.settings.seed, "data"), captions))
+        self.measured.append(Measured(pictures.split(self.n), self.texts, self.meter))
         self.rows.append({"name": "data", "recipe": {}, "steps": None, "nfe_blocks": None,
                           "nfe_flops": None, "seconds_per_image": None})
 
@@ -335,14 +289,12 @@ class Rows:
         paths = run_paths(run["stage"], span, f)
         if self.settings.own_path:
             paths = paths[:1]
-        if run["stage"] == 1:
-            self.stage1[folder.name] = len(self.rows)     # where its own path will stand
         sigmas = sigma_grid(run["steps"])
         for suffix, span, f in paths:
             def sample(noise, prompt):
                 latents, _, _ = roll_out(student, noise, prompt, sigmas, span, f)
                 return latents[-1]
-            recipe = {"run": str(folder), "path": suffix, "stage1": stage1_name(folder, run),
+            recipe = {"run": str(folder), "path": suffix,
                       "span": f"{span[0]}-{span[1]}" if span else None,
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             for key in ("stage", "finished", "steps", "guidance", "alpha"):
@@ -350,11 +302,6 @@ class Rows:
             # f counts in every row with a span, though plain reuse and skipping go without it.
             count = count_nfe(self.preset, span, run["steps"])
             self.add(folder.name + suffix, recipe, (count["blocks"], count["flops_with_f"]), sample)
-
-
-def stage1_name(folder, run):
-    """The name of the Stage I run that a run is or started from."""
-    return folder.name if run["stage"] == 1 else Path(run["init"]).name
 
 
 def count_nfe(preset, span, steps=2):
@@ -409,14 +356,12 @@ def cell(row, name):
         return value or ""
     if interval is None:
         return f"{value:.4g}" if name.startswith("nfe") else f"{value:.3g}"
-    digits = 2 if name == "accuracy_points" else 3
-    end_digits = 2 if name in MEASURES else digits        # the first table is wide already
     low, high = interval
-    return f"{value:.{digits}f} [{low:.{end_digits}f}, {high:.{end_digits}f}]"
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
 
 
 def table(rows):
-    """The rows as a Markdown table, then what changed against each run's own Stage I."""
+    """The rows as a Markdown table."""
     columns = []                                          # those that have a value in some row
     for column in COLUMNS:
         if any(row[column] is not None for row in rows):
@@ -424,26 +369,17 @@ def table(rows):
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         lines.append("| " + " | ".join([cell(row, column) for column in columns]) + " |")
-    compared = [row for row in rows if "against" in row]
-    if compared:
-        lines += ["", "| run | against | accuracy, points | entropy, ratio | Fréchet, change |",
-                  "|" + " --- |" * 5]
-    for row in compared:
-        cells = [cell(row["against"], name) for name in ("name", *CHANGES)]
-        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
     return "\n".join(lines)
 
 
-def save_grid(path, rows, albums, prompts, n):
+def save_grid(path, rows, measured):
     """The picture: of each row, with its name, the first four pictures of four prompts. A column
     shows one prompt, from one start noise."""
-    indices = []                                          # of the pictures shown of each row
-    for c in torch.linspace(0, prompts - 1, min(4, prompts)).long().tolist():
-        indices += range(c * n, c * n + min(4, n))
-    pictures = torch.cat([album.get(indices) for album in albums])        # rows·columns × 3×H×W
+    pictures = torch.cat([torch.cat(row.shown) for row in measured])      # rows·columns × 3×H×W
+    columns = len(pictures) // len(rows)
     if pictures.shape[-1] > 256:
         pictures = torch.nn.functional.interpolate(pictures, (256, 256), mode="area")
-    save_pictures(pictures, path, columns=len(indices))
+    save_pictures(pictures, path, columns)
     # Make room on the left and write the names there.
     grid, font = Image.open(path), ImageFont.load_default(20)
     margin = 20 + int(max(font.getlength(row["name"]) for row in rows))
@@ -472,6 +408,7 @@ def main(argv):
     else:
         from tools.real_metrics import RealMeter
         meter = RealMeter(settings.clip, settings.pickscore, settings.dino)
+    meter.to(device)
     # Numbers of two results.json compare only where the protocols are equal: other prompts, seeds,
     # n or feature networks give other numbers for the same model. Machine and date change none but
     # the seconds.
@@ -483,28 +420,20 @@ def main(argv):
         protocol["frechet_to"] = {"steps": TEACHER_STEPS, "guidance": leader["guidance"],
                                   "alpha": leader["alpha"]}
 
-    # ------------------------------------------------------------- sample, row by row
-    sampled = Rows(settings, preset, texts, leader["latent_shape"], device, protocol)
+    # ------------------------------------------------------------- sample and measure, row by row
+    sampled = Rows(settings, preset, texts, leader["latent_shape"], device, meter)
     if tiny_world:
         sampled.add_data()
     if settings.teacher != "no":
         sampled.add_teacher(leader["guidance"], leader["alpha"], leader["steps"])
     # A Stage I run is also shown with the span that its Stage II run, if there is one, skips.
     spans = {}                                            # {name of the Stage I run: span as text}
-    for folder, run in runs.items():
+    for run in runs.values():
         if run.get("cached_blocks", "none") != "none":
-            spans.setdefault(stage1_name(folder, run), run["cached_blocks"])
+            spans.setdefault(Path(run["init"]).name, run["cached_blocks"])
     for folder, run in runs.items():
         sampled.add_run(folder, run, spans.get(folder.name))
-    rows, albums = sampled.rows, sampled.albums
-
-    # ------------------------------------------------------------- measure
-    meter.to(device)                                      # now that the transformers are gone
-    measured = []
-    for row, album in zip(rows, albums, strict=True):
-        groups = (album.get(range(c * n, (c + 1) * n)) for c in range(len(texts)))
-        bar = tqdm(groups, f"measuring {row['name']}", len(texts), leave=False)
-        measured.append(Measured(bar, texts, meter))
+    rows, measured = sampled.rows, sampled.measured
     # Rows lie in the order in which they were added: the data, the α-guided teacher, the others.
     data = measured[0] if tiny_world else None
     teacher = measured[int(tiny_world)] if settings.teacher != "no" else None
@@ -512,17 +441,13 @@ def main(argv):
     for row in rows:
         if row["nfe_blocks"] == 2 * TEACHER_STEPS:
             slowest = slowest or row["seconds_per_image"]
-    for i, row in enumerate(tqdm(rows, desc="intervals", leave=False)):
-        row |= measured[i].columns(teacher, data)
+    for row, found in zip(rows, measured, strict=True):
+        row |= found.columns(teacher, data)
         row["by_prompt"] = {}                             # for tools/claims.py, which resamples it
-        for name, values in measured[i].by_prompt.items():
+        for name, values in found.by_prompt.items():
             row["by_prompt"][name] = [round(v, 6) for v in values.tolist()]
         seconds = row["seconds_per_image"]
         row["speedup"] = slowest / seconds if slowest and seconds else None
-        base = sampled.stage1.get(row["recipe"].get("stage1"))
-        if base not in (None, i):                         # not against itself
-            row["against"] = {"name": rows[base]["name"]}
-            row["against"] |= compare(measured[i], measured[base], teacher)
 
     # ------------------------------------------------------------- the result
     text = table(rows)
@@ -530,7 +455,7 @@ def main(argv):
     write_json(out / "results.json", {"protocol": protocol, "rows": rows,
                                       "missing": meter.missing})
     write_text(out / "table.md", text + "\n")
-    save_grid(out / "grid.png", rows, albums, len(texts), n)
+    save_grid(out / "grid.png", rows, measured)
     print(text)
     for name, reason in meter.missing.items():
         print(f"{name}: not measured, {reason}")

@@ -1,4 +1,4 @@
-"""Real models in evaluate.py: their metrics, and their pictures kept as files.
+"""Real models in evaluate.py: their metrics.
 
 evaluate.py comes here for every --model but the miniature, whose exact reader needs none of this.
 The networks are downloaded on first use, or given as folders: --clip, --pickscore, --dino.
@@ -14,15 +14,7 @@ The paper's versions are not known (deviation 16), so compare the rows of a tabl
 Dimension key: n pictures of one prompt, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """
 
-import contextlib
-import re
-
-from run import UserError, read_json, replace_file, write_json
-
-import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from model import load_part, loading
 
@@ -103,52 +95,3 @@ class RealMeter(torch.nn.Module):
         for a, b in zip(left.split(LPIPS_PAIRS), right.split(LPIPS_PAIRS), strict=True):
             distances.append(self.lpips(small[a], small[b]).flatten())
         return torch.cat(distances).mean()
-
-
-# ================================================================== pictures as files
-
-class FileAlbum:
-    """evaluate.Album with one PNG for each picture, FOLDER/NAME/000000.png and on: those of a real
-    model take hours, and the same command goes on where it was interrupted.
-
-    about.json there says what the pictures are. A folder of others is refused: they would pass for
-    these.
-    """
-
-    def __init__(self, folder, name, about):
-        self.seconds = {}
-        # A row is named after a run's folder. Whatever is in that name stays one part of a path.
-        self.folder = folder / (re.sub("[^A-Za-z0-9.=-]+", "_", name).strip("._") or "unnamed")
-        stamp = self.folder / "about.json"
-        if stamp.exists() and read_json(stamp) != about:
-            raise UserError(f"{self.folder} holds pictures of another recipe, seed, prompts or "
-                            "version; give another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(stamp, about)
-        for path in self.folder.glob("??????.png"):
-            # A file that does not open is not counted, so it is made again (SyntaxError is PIL's
-            # word for a broken PNG).
-            with contextlib.suppress(OSError, SyntaxError, KeyError, ValueError):
-                with Image.open(path) as image:
-                    self.seconds[int(path.stem)] = float(image.text["seconds"])
-
-    def put(self, index, picture, prompt, seconds):
-        """Keeps picture [3, H, W]. The file tells by itself what it shows. It is named by its
-        index, so that no prompt can name a file elsewhere."""
-        notes = PngInfo()
-        notes.add_text("prompt", prompt)
-        notes.add_text("seconds", str(seconds))
-        pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8)         # H×W×3
-        image = Image.fromarray(pixels.numpy())
-        replace_file(self.folder / f"{index:06d}.png",                    # whole or not at all
-                     lambda new: image.save(new, format="PNG", pnginfo=notes))
-        self.seconds[index] = seconds
-
-    def get(self, indices):
-        """Pictures [n, 3, H, W] in [0, 1]."""
-        pictures = []
-        for i in indices:
-            with Image.open(self.folder / f"{i:06d}.png") as image:
-                pixels = torch.from_numpy(np.array(image.convert("RGB")))         # H×W×3
-            pictures.append(pixels.permute(2, 0, 1) / 255)
-        return torch.stack(pictures)
