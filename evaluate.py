@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 from cache import NOTHING, make_compensation, nfe
 from losses import guidance_weight
-from model import (Decoder, Prompts, check_base, choose_prompts, empty_transformer, find_preset,
-                   forward_flops, load_part, load_student, load_transformer, parse_span,
-                   pick_device)
+from model import (Decoder, Prompts, check_base, choose_prompts, download, empty_transformer,
+                   find_preset, forward_flops, load_part, load_student, load_transformer,
+                   parse_span, pick_device)
 from sampler import (TEACHER_STEPS, image_noise, roll_out, sample_guided, save_pictures, sigma_grid,
                      teacher_sigmas)
 from tiny.world import CAPTIONS, draw, measure, sample_labels
@@ -104,7 +104,7 @@ def resolve(settings):
         raise UserError(f"--prompts {settings.prompts}: the exact reader knows the 24 captions of "
                         "the miniature only, such as \"a red circle\"")
     check_base(preset)
-    return preset, texts, runs
+    return download(preset), texts, runs
 
 
 # ================================================================== what a picture is worth
@@ -268,7 +268,7 @@ class Rows:
             paths.append((f"teacher, w = {w:g} everywhere", stock, w, 1.0))
             paths.append(("teacher, no guidance", stock, 1.0, 1.0))
             paths.append((f"teacher at {steps} steps, not distilled", own, 1.0, 1.0))
-        teacher = load_transformer(self.preset).to(self.device)
+        teacher = load_transformer(self.preset, frozen_on=self.device).to(self.device)
         for name, sigmas, guidance, a in paths:
             def sample(noise, prompt):
                 uncond = self.prompts.uncond(len(noise))

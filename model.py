@@ -26,9 +26,11 @@ text embeddings. Latents and sigmas are fp32; pictures lie in [0, 1].
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,6 +39,8 @@ from run import (UserError, any_process, fill_in, full_state, is_main, load_full
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -77,6 +81,12 @@ class Preset:
     def is_tiny(self):
         """Whether it is the miniature, or one made like it."""
         return self.captions == "tiny"
+
+    @property
+    def public_name(self):
+        """What a model card calls it: a hub id where it has one, else a folder."""
+        source = PRESETS[self.name].source if self.name in PRESETS else self.name
+        return source.removeprefix(f"{HERE}/")            # tiny/sd3
 
     @property
     def tokens(self):
@@ -128,6 +138,11 @@ def find_preset(model):
     if model in PRESETS:
         return PRESETS[model]
     folder = Path(model).resolve()
+    if folder.is_file():
+        raise UserError(
+            f"{model} is a file, and a base model is a pipeline folder. Of a single .safetensors "
+            "file make one: python -c \"from diffusers import StableDiffusion3Pipeline as P; "
+            f"P.from_single_file('{model}').save_pretrained('FOLDER')\"")
     if not folder.exists():
         # A hub id has exactly one slash; the rest are misspelt names and folders that have gone.
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
@@ -184,6 +199,9 @@ def prepare(settings, tiny, sd3, stage):
     device = pick_device(preset, settings.device)
     texts = choose_prompts(preset, settings.prompts, None, settings.pool, settings.seed)
     config, factor = check_base(preset, offline=settings.dry_run)
+    settings.no_compile |= not can_compile(preset, device)
+    if not settings.dry_run and not is_here(preset.discriminator):
+        print(f"Stage II and the evaluation will need more than is here:\n{whereabouts(preset)}")
     return preset, device, texts, config, factor
 
 
@@ -210,13 +228,65 @@ def loading(what, source):
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        # The hub's own errors are among them.
-        advice = (f"accept the licence at huggingface.co/{source} and run `hf auth login`, "
-                  "or check the name and the network; --model tiny needs no download")
-        if Path(source).exists():
-            advice = "its files are missing or damaged; copy or save that part again"
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"cannot load {what} of {source} ({line}); {advice}") from error
+        raise UserError(f"cannot load {what} of {source} ({line}); {advice(error, source)}"
+                        ) from error
+
+
+def advice(error, source):
+    """What to do about an error of the libraries that loaded `source`, a folder or a hub id."""
+    # They wrap the hub's own error in errors of theirs.
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    if Path(source).exists():
+        return "its files are missing or damaged; copy or save that part again"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"accept the licence at huggingface.co/{source} and run `hf auth login`"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return "the hub has no such repository, or it is private: check the name, `hf auth login`"
+    if constants.HF_HUB_OFFLINE:
+        return (f"HF_HUB_OFFLINE is set and not all of it is on this disk: unset it, or run "
+                f"`hf download {source}` where there is a network")
+    return "check the network; --model tiny needs no download"
+
+
+def download(preset):
+    """The preset with a folder on this disk as its source, downloaded where it is not there yet:
+    of a repository just the parts of a pipeline, and of their weights one form."""
+    # Loaded by its hub id instead, each part would ask the hub once more, which fails on a machine
+    # without a network.
+    if Path(preset.source).is_dir():
+        return preset
+    from diffusers import StableDiffusion3Pipeline
+    with loading("the pipeline", preset.source):
+        folder = StableDiffusion3Pipeline.download(preset.source, use_safetensors=True)
+    return dataclasses.replace(preset, source=str(folder))
+
+
+def is_here(source):
+    """Whether a folder, or a repository of the hub, is on this disk."""
+    cached = "models--" + source.replace("/", "--")
+    return Path(source).is_dir() or Path(constants.HF_HUB_CACHE, cached).is_dir()
+
+
+def whereabouts(preset):
+    """Lines that say of each network that both stages and the evaluation need whether it is on this
+    disk, or how to fetch it before hours are spent."""
+    sources = [preset.source, preset.discriminator]
+    if not preset.is_tiny:
+        with contextlib.suppress(ImportError):            # tools/ may have been deleted
+            from tools.real_metrics import SOURCES
+            sources += SOURCES
+    lines = []
+    for source in sources:
+        where = "there"
+        if not is_here(source):
+            where = f"not there: hf download {source}"
+            if source == BACKBONE:
+                where += f" --revision {BACKBONE_REVISION}"
+        lines.append(f"{source}: {where}")
+    return "\n".join(lines)
 
 
 def load_part(cls, source, part, dtype, harmless=None, **others):
@@ -294,12 +364,15 @@ def velocity(net, x, sigma, prompt, span=None, delta=None, f=None):
     for it. Δ0 is an argument and an answer, no state of the network: it cannot be left over from
     another prompt, and gradient checkpointing may run the blocks again later.
     """
-    # This is the only place where sigma becomes a timestep. On CUDA the forward runs in bf16
-    # autocast; the latents outside stay fp32 (deviation 7). The long names are diffusers': embeds
-    # are "encoder hidden states", the text encoders' answer; pooled is "projections", CLIP's.
+    # This is the only place where sigma becomes a timestep. On CUDA the forward runs in bf16: a
+    # network that learns has fp32 weights and needs autocast for it, a frozen one is stored in bf16
+    # and is faster without. The latents outside stay fp32 (deviation 7). The long names are
+    # diffusers': embeds are "encoder hidden states", the text encoders' answer; pooled is
+    # "projections", CLIP's.
     embeds, pooled = prompt
+    mixed = x.device.type == "cuda" and net.dtype == torch.float32
     timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
         v, delta = net(hidden_states=x.to(net.dtype), timestep=timestep,
                        encoder_hidden_states=embeds.to(net.dtype),
                        pooled_projections=pooled.to(net.dtype), span=span, delta=delta, f=f)
@@ -332,7 +405,23 @@ def cost(preset, config, shape, learning, frozen, samples, passes):
             f"(bf16) = {2 * frozen * billions:.1f} GB; activations come on top: measured peaks are "
             f"in docs/REAL_MODELS.md\n"
             f"compute: an iteration is {samples} samples × {passes:g} passes = "
-            f"{samples * passes * flops / 1e12:.4g} TFLOP")
+            f"{samples * passes * flops / 1e12:.4g} TFLOP\n{whereabouts(preset)}")
+
+
+def can_compile(preset, device):
+    """Whether blocks and VAE decoder are compiled: those of a real model on CUDA, where they are
+    1.3 to 2.8 times as fast (docs/REAL_MODELS.md). Says what is missing for it."""
+    if preset.is_tiny or device.type != "cuda":
+        return False
+    # torch.compile writes kernels for Triton, which builds its launcher with a C compiler.
+    missing = []
+    if not importlib.util.find_spec("triton"):
+        missing.append("triton")
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        missing.append("a C compiler")
+    if missing:
+        print(f"not compiled, so slower: {' and '.join(missing)} not found", file=sys.stderr)
+    return not missing
 
 
 def place(net, device, compiled=False):
@@ -415,8 +504,9 @@ def merge_lora(net):
 
 
 def load_student(folder, settings, preset, device, spread=False):
-    """(student, span or None, f or None), fp32, of a run with these settings, finished or not: its
-    result or, when that is older, its newest checkpoint. spread as in load_transformer."""
+    """(student, span or None, f or None) of a run with these settings, finished or not: its result
+    or, when that is older, its newest checkpoint. On a GPU in bf16, as what does not learn; on the
+    CPU in fp32. spread as in load_transformer."""
     folder = Path(folder)
     weights = newest_student(folder)
     finished = weights.name == "student"
@@ -441,8 +531,8 @@ def load_student(folder, settings, preset, device, spread=False):
             f = make_compensation(student.inner_dim)
             source = folder if finished else weights
             f.load_state_dict(load_file(source / "compensation.safetensors"))
-            f.to(device).eval()
-    return student.to(device).eval(), span, f
+            f.to(device, frozen_dtype(device)).eval()
+    return student.to(device, frozen_dtype(device)).eval(), span, f
 
 
 # ================================================================== latents to pictures
@@ -451,17 +541,18 @@ class Decoder:
     """The frozen VAE: latents [B, C, H, W] to pictures [B, 3, 8H, 8W] (tiny: 4H, 4W), 0 black and 1
     white. Not clamped, so that gradient flows everywhere: some values lie a little outside."""
 
-    def __init__(self, preset, device, checkpointing=False):
+    def __init__(self, preset, device, checkpointing=False, compiled=False):
         from diffusers import AutoencoderKL
         # On a GPU it is stored in bf16, half the memory; the eye sees no difference (in the
-        # miniature 0.26 of 255 levels on the mean). Channels last is the order in memory that a
-        # GPU's convolutions prefer; the shape stays [B, C, H, W].
+        # miniature 0.26 of 255 levels on the mean).
         self.vae = load_part(AutoencoderKL, preset.source, "vae", frozen_dtype(device))
-        if device.type == "cuda":
-            self.vae.to(memory_format=torch.channels_last)
         # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
         self.vae.to(device).requires_grad_(False)
-        if checkpointing:
+        # Compiled it needs 9.4 GB a picture of 1024² for its backward pass, and so can do without
+        # running again in backward (7.7 GB, but 1.8 times the seconds).
+        if compiled:
+            self.vae.decoder.compile()
+        elif checkpointing:
             self.vae.enable_gradient_checkpointing()
 
     def __call__(self, latents):

@@ -23,8 +23,8 @@ import torch
 
 from cache import nfe
 from losses import euler, guidance_weight, guide, shift_sigma
-from model import (Decoder, Prompts, choose_prompts, find_preset, load_scheduler, load_student,
-                   pick_device, velocity)
+from model import (Decoder, Prompts, choose_prompts, download, find_preset, load_scheduler,
+                   load_student, pick_device, velocity)
 
 TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 COMMITTED = str(Path(__file__).resolve().parent / "tiny" / "student")    # the default runs' result
@@ -219,6 +219,7 @@ def main(argv):
     if not settings.prompt and not settings.prompts and not preset.is_tiny:
         texts = texts[:4]                                 # of the grammar's 80,000
 
+    preset = download(preset)                             # nothing to do for a folder
     prompts = Prompts(preset, texts, device)
     student, span, f = load_student(folder, trained, preset, device)
     if settings.no_cache:

@@ -41,7 +41,7 @@ from losses import (discriminator_loss, dmd_loss, dmd_loss_official, draw_sigma,
                     judged_between, renoise, shift_sigma, step_end, x0_from_velocity)
 from tiny.world import CAPTIONS, draw, sample_labels
 
-HERE = Path(__file__).parent
+HERE, CPU = Path(__file__).parent, torch.device("cpu")
 TINY = model.PRESETS["tiny"]
 SHAPE = (4, 8, 8)                                         # of the miniature's latents
 SMALL = ["--batch-size", "4", "--log-every", "1", "--sample-every", "2", "--checkpoint-every", "1"]
@@ -159,7 +159,7 @@ def teacher():
 @pytest.fixture(scope="session")
 def prompts():
     """The miniature's 24 captions and the empty prompt, encoded."""
-    return model.Prompts(TINY, CAPTIONS, torch.device("cpu"))
+    return model.Prompts(TINY, CAPTIONS, CPU)
 
 
 @pytest.fixture(scope="session")
@@ -776,7 +776,7 @@ def test_a_saved_student_is_a_stock_folder(finished, prompts):
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
     config = json.loads((finished / "student" / "config.json").read_text())
     assert config["_class_name"] == "SD3Transformer2DModel"
-    ours, _, _ = model.load_student(finished, run.read_settings(finished), TINY, "cpu")
+    ours, _, _ = model.load_student(finished, run.read_settings(finished), TINY, CPU)
     x, prompt = sampler.image_noise(0, range(2), SHAPE), prompts.take([0, 1])
     with torch.no_grad():
         assert torch.equal(ask(stock, x, 1.0, prompt), model.velocity(ours, x, 1.0, prompt)[0])
@@ -784,20 +784,26 @@ def test_a_saved_student_is_a_stock_folder(finished, prompts):
 
 # ================================================================== the samplers
 
-@pytest.mark.parametrize("steps", [2, 4])
-def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, prompts, steps):
-    """One grid for training, sampling and export; catches num_inference_steps without sigmas."""
-    student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, "cpu")
+@pytest.mark.parametrize("steps, call", [
+    (2, {"sigmas": [1.0, 0.5]}), (4, {"sigmas": [1.0, 0.75, 0.5, 0.25]}), (2, {})])
+def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, prompts, steps, call):
+    """One grid for training, sampling and export: by the base's scheduler told the sigmas, by the
+    run's own told nothing. Catches another last level, and num_inference_steps that needs sigmas.
+    """
+    student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, CPU)
     noise = sampler.image_noise(0, range(3), SHAPE)
     with torch.no_grad():
         ours = sampler.roll_out(student, noise, prompts.take([0, 1, 2]),
                                 sampler.sigma_grid(steps))[0][-1]
     parts = {**stock_pipe.components, "transformer": stock_net(weights(finished))}
+    if not call:
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(finished / "scheduler")
     pipe = StableDiffusion3Pipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
-    theirs = stock_latents(pipe, CAPTIONS[:3], noise, sigmas=sampler.stock_sigmas(steps),
-                           num_inference_steps=steps, guidance_scale=1.0)
+    theirs = stock_latents(pipe, CAPTIONS[:3], noise, num_inference_steps=steps, guidance_scale=1.0,
+                           **call)
     assert torch.allclose(ours, theirs, atol=1e-4)
+    assert call.get("sigmas", [1.0, 0.5]) == sampler.stock_sigmas(steps)
 
 
 def test_our_guided_sampler_is_the_stock_one(stock_pipe, teacher, prompts):
@@ -1135,12 +1141,12 @@ def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, t
     assert rows["finished"]["seconds_per_image"] > 0 and len(
         rows["finished"]["by_prompt"]["prompt_accuracy"]) == 24
     # Row by row the same noises: what Stage I's own path shows is what the sampler makes of them.
-    student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, "cpu")
+    student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, CPU)
     noise = sampler.image_noise(1, [0, 1], SHAPE)
-    texts = model.Prompts(TINY, CAPTIONS[:1], torch.device("cpu"))
+    texts = model.Prompts(TINY, CAPTIONS[:1], CPU)
     with torch.no_grad():
         latents, _, _ = sampler.roll_out(student, noise, texts.take([0, 0]), sampler.sigma_grid(2))
-        shown = model.Decoder(TINY, torch.device("cpu"))(latents[-1]).clamp(0, 1)
+        shown = model.Decoder(TINY, CPU)(latents[-1]).clamp(0, 1)
     _, (one, two) = evaluate.TinyMeter(TINY)(shown, CAPTIONS[0])
     distance = (one - two).norm().item()
     assert rows["finished"]["by_prompt"]["diversity"][0] == pytest.approx(distance, rel=1e-3)
@@ -1322,6 +1328,7 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     (train_stage1, ["--alfa", "1"], "unrecognized arguments: --alfa"),
     (train_stage1, ["--model", "sd3-big"], "there is no model sd3-big"),
     (train_stage1, ["--model", "/tmp"], "is no pipeline folder"),
+    (train_stage1, ["--model", "README.md"], "P.from_single_file('README.md').save_pretrained"),
     (train_stage1, ["--accumulation", "5"], "is not a multiple of --accumulation 5"),
     (train_stage1, ["--resolution", "33"], "--resolution 33 is not a multiple of 8"),
     (train_stage1, ["--prompts", "nowhere.txt"], "--prompts nowhere.txt: not a file"),

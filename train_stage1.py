@@ -34,15 +34,15 @@ import itertools
 import time
 
 from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, micro_batches,
-                 my_rows, option, parse_settings, rng)
+                 my_rows, option, parse_settings, publish, rng)
 
 import torch
 
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
                     importance_curve, judged_between, renoise, step_end, x0_from_velocity)
-from model import (Decoder, Prompts, cost, load_transformer, place, prepare, save_transformer,
-                   velocity)
-from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid
+from model import (Decoder, Prompts, cost, download, load_transformer, place, prepare,
+                   save_transformer, velocity)
+from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid, stock_sigmas
 
 # ================================================================== settings
 
@@ -235,12 +235,13 @@ def main(argv):
         return
 
     # ------------------------------------------------------------- three networks, one base
+    preset = download(preset)                                   # nothing to do for a folder
     prompts = Prompts(preset, texts, device, [run.folder])      # frees the text encoders again
     # place() moves a network to its device; several processes share it in pieces (spread).
-    teacher = place(load_transformer(preset, frozen_on=device, spread=True), device,
-                    settings.compile)
-    student = place(load_transformer(preset, spread=True), device, settings.compile)
-    fake_score = place(load_transformer(preset, spread=True), device, settings.compile)
+    compiled = not settings.no_compile
+    teacher = place(load_transformer(preset, frozen_on=device, spread=True), device, compiled)
+    student = place(load_transformer(preset, spread=True), device, compiled)
+    fake_score = place(load_transformer(preset, spread=True), device, compiled)
     teacher.requires_grad_(False)
     decode = Decoder(preset, device)                            # for the sample grids only
     if settings.gradient_checkpointing:
@@ -303,6 +304,7 @@ def main(argv):
 
     # ------------------------------------------------------------- the result
     save_transformer(student, run.folder / "student", half=not preset.is_tiny)
+    publish(run.folder, preset, stock_sigmas(settings.steps), evaluations=settings.steps)
     run.finish()
     print(f"{run.folder}/student: {settings.steps} steps, {time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")

@@ -26,8 +26,8 @@ import dataclasses
 import time
 from pathlib import Path
 
-from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, fill_in, gather,
-                 is_main, micro_batches, my_rows, option, parse_settings, read_settings, rng)
+from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, gather, is_main,
+                 micro_batches, my_rows, option, parse_settings, publish, read_settings, rng)
 
 import torch
 from safetensors.torch import load_file
@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss
-from model import (Decoder, Discriminator, Prompts, add_lora, cost, load_student, load_transformer,
-                   parse_span, place, prepare, save_transformer, velocity)
-from sampler import Gallery, image_noise, roll_out, sample_guided, sigma_grid, teacher_sigmas
+from model import (Decoder, Discriminator, Prompts, add_lora, cost, download, load_student,
+                   load_transformer, parse_span, place, prepare, save_transformer, velocity)
+from sampler import (Gallery, image_noise, roll_out, sample_guided, sigma_grid, stock_sigmas,
+                     teacher_sigmas)
 
 # ================================================================== settings
 
@@ -106,8 +107,8 @@ def resolve(settings):
     """Checks the settings before anything is loaded. Returns the preset, the device, the prompts,
     the transformer's config, the settings of the Stage I run and the span (n, m) or None."""
     preset, device, texts, config, _ = prepare(settings, TINY, SD3, stage=2)
-    fill_in(settings, {"cached_blocks": preset.cached_blocks,
-                       "init": f"runs/{Path(preset.name).name}-stage1"})
+    settings.cached_blocks = settings.cached_blocks or preset.cached_blocks
+    settings.init = settings.init or f"runs/{Path(preset.name).name}-stage1"
     if settings.discriminator:
         preset = dataclasses.replace(preset, discriminator=settings.discriminator)
     if settings.cached_blocks == "none" or settings.no_compensation:
@@ -282,6 +283,7 @@ def main(argv):
     # ------------------------------------------------------------- student, f, discriminator
     # No fake score any more, and the teacher only while it makes the references: Stage II needs far
     # less memory than Stage I.
+    preset = download(preset)                             # nothing to do for a folder
     prompts = Prompts(preset, texts, device, [run.folder, settings.init])   # frees the encoders
     student, _, _ = load_student(settings.init, stage1, preset, torch.device("cpu"), spread=True)
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
@@ -289,12 +291,13 @@ def main(argv):
     if span and not settings.no_compensation:
         f = make_compensation(student.inner_dim).to(device)
     discriminator = Discriminator(preset, settings.seed).to(device)
-    decode = Decoder(preset, device, settings.gradient_checkpointing)
+    compiled = not settings.no_compile
+    decode = Decoder(preset, device, settings.gradient_checkpointing, compiled)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     if settings.lora_rank:
         add_lora(student, settings.lora_rank, settings.seed)
-    student = place(student, device, settings.compile)
+    student = place(student, device, compiled)
 
     # Only the discriminator's heads learn; its backbone, the VAE and the text encoders are frozen.
     networks = {"student": student, "discriminator": discriminator.heads}
@@ -387,8 +390,9 @@ def main(argv):
     if f is not None:
         run.save("compensation", f.state_dict())
     save_transformer(student, run.folder / "student", not preset.is_tiny, settings.lora_rank)
-    run.finish()
     evaluations = nfe(steps, span, len(student.transformer_blocks))
+    publish(run.folder, preset, stock_sigmas(steps), evaluations, span, f)
+    run.finish()
     print(f"{run.folder}: {evaluations:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")

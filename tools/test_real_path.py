@@ -36,6 +36,10 @@ WORDS = {train_stage1: [*COMMON, "--log-every", 1],
                         "--compensation-lr", 1e-2]}
 
 
+# Compiling looks at attributes that torch warns of; here a warning would be an error.
+TRACED = pytest.mark.filterwarnings("ignore")
+
+
 def line_of(script, out, *words):
     """A command line. Later words replace earlier ones."""
     return [str(word) for word in [*WORDS[script], *words, "--out", out]]
@@ -139,27 +143,90 @@ def test_a_real_model_goes_from_training_to_the_table(real, tmp_path, capsys):
         assert picture.height == 10 * 66 and picture.width > 4 * 66
 
 
+class Stranger:
+    """Runs code of our pages as somebody who has the stock libraries and an uploaded run folder,
+    without our code on the path."""
+
+    def __init__(self, real, folder, monkeypatch):
+        self.real, self.folder = real, folder
+        left_out = (real.stage2 / ".gitignore").read_text().split()
+        shutil.copytree(real.stage2, folder, ignore=shutil.ignore_patterns(*left_out))
+        ours = str(Path(model.__file__).parent)
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ours)])
+        monkeypatch.delitem(sys.modules, "cache")
+        card = (folder / "README.md").read_text()
+        self.card, = re.findall(r"```python\n(.*?)```", card, re.S)
+
+    def run(self, code, dtype, names, **replaced):
+        """Executes the code; names are known to it, and what it makes is among them afterwards."""
+        for old, new in {'"cuda"': '"cpu"', "torch.bfloat16": f"torch.{dtype}",
+                         'snapshot_download("ME/stage2")': repr(str(self.folder)),
+                         "torch.float32": f"torch.{dtype}", **replaced}.items():
+            code = code.replace(old, new)
+        exec(code, names)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_result_goes_into_a_stock_pipeline_as_the_readme_says(dtype, real):
-    """The README's own lines, of this run and base. Catches a snippet that is not what training
-    took for granted, and an f or a student of another precision than the pipeline's."""
-    readme = Path(model.__file__).with_name("README.md").read_text()
-    code, = re.findall(r"```python\n(import torch\n.*?)```", readme, re.S)
+def test_a_published_run_loads_by_its_model_card(dtype, real, tmp_path, monkeypatch):
+    """The card's own lines on what an upload holds. Catches a snippet that is not what training
+    took for granted, a scheduler of other sigmas, a file that the code needs and nobody uploads."""
+    stranger = Stranger(real, tmp_path / "uploaded", monkeypatch)
+    assert not {path.name for path in stranger.folder.iterdir()} & {
+        "checkpoint-000001", "checkpoint-000002", "references.safetensors"}
     x = sampler.image_noise(42, [0], SHAPE)
     names = {"more": {"latents": x.to(getattr(torch, dtype)), "output_type": "pt"}}
-    for old, new in {"runs/tiny-stage2": str(real.stage2), "tiny/sd3": str(real.base),
-                     "(1, 4)": "(0, 1)", "text_encoder_3=None,": "", "tokenizer_3=None,": "",
-                     "max_sequence_length=0": "**more"}.items():
-        assert old in code, old
-        code = code.replace(old, new)
-    code = code.replace('student")', 'student", torch_dtype=torch.float32)')
-    exec(code.replace("torch.float32", f"torch.{dtype}"), names)
+    stranger.run(stranger.card, dtype, names,
+                 **{'"PROMPT"': '"a red circle"', "guidance_scale": "**more, guidance_scale"})
+    assert sys.modules["cache"].__file__ == str(stranger.folder / "cache.py")
     student, span, f = load(real.stage2)
     prompt = model.Prompts(real.preset, ["a red circle"], CPU).take([0])
     with torch.no_grad():
         latents, _, _ = sampler.roll_out(student, x, prompt, sampler.sigma_grid(2), span, f)
         error = names["image"] - model.Decoder(real.preset, CPU)(latents[-1]).clamp(0, 1)[0]
     assert error.abs().max() < {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}[dtype]
+
+
+def python_of(page):
+    """The one Python snippet of README.md or a page in docs/."""
+    text = (Path(model.__file__).parent / page).read_text()
+    code, = re.findall(r"```python\n(.*?)```", text, re.S)
+    return code
+
+
+def test_the_readmes_lines_run(real, tmp_path, monkeypatch):
+    """In the project's folder, on another run and base."""
+    stranger, names = Stranger(real, tmp_path / "up", monkeypatch), {}
+    monkeypatch.syspath_prepend(Path(model.__file__).parent)
+    stranger.run(python_of("README.md"), "float32", names, **{
+        "runs/tiny-stage2": str(real.stage2), "tiny/sd3": str(real.base), "(1, 4)": "(0, 1)",
+        "text_encoder_3=None,": "", "tokenizer_3=None,": "", ", max_sequence_length=0": ""})
+    assert names["image"].size == (64, 64)
+
+
+@TRACED
+def test_the_fast_pictures_lines_run_after_the_cards(real, tmp_path, monkeypatch):
+    """Blocks compiled, the prompt kept, a small VAE, four pictures at once."""
+    from diffusers import AutoencoderTiny
+    stranger, names = Stranger(real, tmp_path / "up", monkeypatch), {}
+    AutoencoderTiny(latent_channels=16, encoder_block_out_channels=[8] * 4,
+                    decoder_block_out_channels=[8] * 4).save_pretrained(tmp_path / "taesd3")
+    compiled = compile_for_a_test(monkeypatch)
+    stranger.run(stranger.card, "float32", names, **{"image = ": "# "})
+    stranger.run(python_of("docs/REAL_MODELS.md"), "float32", names,
+                 **{"madebyollin/taesd3": str(tmp_path / "taesd3")})
+    assert len(names["images"]) == 4 and len(compiled) == 3
+
+
+def compile_for_a_test(monkeypatch):
+    """Compiling traces the code and leaves out the making of kernels, which takes minutes. Returns
+    the list of the modules that are compiled from now on."""
+    compiled, real_compile = [], torch.nn.Module.compile
+
+    def compile(module):
+        compiled.append(type(module).__name__)
+        real_compile(module, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    return compiled
 
 
 # ================================================================== base models
@@ -306,20 +373,75 @@ def test_references_of_another_run_are_taken(real, tmp_path, monkeypatch, capsys
     assert same(weights(tmp_path), weights(real.stage2))
 
 
-def test_saving_memory_changes_no_gradient(real, tmp_path, monkeypatch):
-    """Micro-batches, and blocks that run again in backward; compiling is only counted. Catches a
-    sum of micro-batches for their mean, and a switch that nobody reads."""
+@TRACED
+def test_saving_memory_and_compiling_change_no_gradient(real, tmp_path, monkeypatch):
+    """Micro-batches, blocks that run again in backward, compiled blocks. Catches a sum of
+    micro-batches for their mean, a switch that nobody reads, and a cache that a compiled block
+    does not see."""
     switched, enable = [], model.CachedSD3.enable_gradient_checkpointing
     monkeypatch.setattr(model.CachedSD3, "enable_gradient_checkpointing",
                         lambda net: switched.append("net") or enable(net))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: switched.append("block"))
-    words = ["--accumulation", 2, "--gradient-checkpointing", "--compile"]
+    monkeypatch.setattr(model, "can_compile", lambda preset, device: True)
+    compiled = compile_for_a_test(monkeypatch)
+    words = ["--accumulation", 2, "--gradient-checkpointing"]
     for script, plain, more in ((train_stage1, real.stage1, ["--model", real.base]),
                                 (train_stage2, real.stage2, real.again)):
         out = train(script, tmp_path / plain.name, *more, *words)
         assert_close(pulls(out), pulls(plain), 1e-2)
     # Of Stage I student and fake score (the teacher is compiled, too), of Stage II the student.
-    assert switched.count("net") == 3 and switched.count("block") == 4 * 3
+    assert switched == 3 * ["net"]
+    assert sorted(compiled) == ["Decoder", *(4 * 3 * ["JointTransformerBlock"])]
+    compiled.clear()
+    train(train_stage1, tmp_path / "plain", "--model", real.base, "--no-compile")
+    assert not compiled
+
+
+def test_compiling_is_for_real_models_on_cuda_where_it_can_be(monkeypatch, capsys):
+    """Catches a miniature whose numbers change, and a run that ends for want of a compiler."""
+    real, cuda = model.PRESETS["sd3-medium"], torch.device("cuda")
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(model.shutil, "which", lambda name: "there")
+    assert model.can_compile(real, cuda) and not model.can_compile(real, CPU)
+    assert not model.can_compile(model.PRESETS["tiny"], cuda) and not capsys.readouterr().err
+    monkeypatch.setattr(model.shutil, "which", lambda name: None)
+    assert not model.can_compile(real, cuda) and "a C compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("offline, error, words", [
+    (False, "GatedRepoError", "accept the licence at huggingface.co/someone/sd3"),
+    (False, "RepositoryNotFoundError", "the hub has no such repository"),
+    (False, "LocalEntryNotFoundError", "check the network"),
+    (True, "LocalEntryNotFoundError", "HF_HUB_OFFLINE is set and not all of it is on this disk")])
+def test_what_cannot_be_downloaded_is_told_by_its_reason(offline, error, words, monkeypatch):
+    """The libraries wrap the hub's errors. Catches "accept the licence" where the network is
+    missing."""
+    from huggingface_hub import errors
+    monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", offline)
+    cause = getattr(errors, error).__new__(getattr(errors, error))
+
+    def fail(*arguments, **options):
+        raise OSError("no such files") from cause
+    monkeypatch.setattr("diffusers.StableDiffusion3Pipeline.download", fail)
+    with pytest.raises(run.UserError, match=words):
+        model.download(model.Preset("someone/sd3", "someone/sd3"))
+
+
+def test_a_hub_id_trains_offline_from_the_hubs_cache(real, tmp_path, monkeypatch, capsys):
+    """As on a node of a cluster: the transformer in pieces, no network. Catches parts that are
+    asked of the hub one by one."""
+    snapshot = tmp_path / "models--someone--sd3" / "snapshots" / "0123"
+    pipe = model.load_pipeline(real.preset, torch.float32)
+    pipe.save_pretrained(snapshot, max_shard_size="30KB")
+    (tmp_path / "models--someone--sd3" / "refs").mkdir()
+    (tmp_path / "models--someone--sd3" / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(model.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("asked the network"))
+    out = train(train_stage1, tmp_path / "run", "--model", "someone/sd3", "--iterations", 1)
+    text = capsys.readouterr().out
+    assert "someone/sd3: there" in text
+    assert f"not there: hf download {model.BACKBONE} --revision" in text
+    assert run.read_settings(out)["model"] == "someone/sd3" and metrics(out)
 
 
 def test_another_picture_size_goes_through_both_stages(real, tmp_path, capsys):
