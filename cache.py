@@ -17,6 +17,9 @@ Dimension key: B batch, C latent channels, H W latent size, T image tokens, L te
 of a token, J and P widths of the two text embeddings, one for each token and one for the prompt.
 """
 
+import threading
+import warnings
+
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -147,6 +150,8 @@ def unpatchify(patches, height, width, p):
 
 def check_span(span, blocks):
     """(n, m) of a span, both ends skipped; ValueError unless 0 ≤ n ≤ m ≤ blocks − 2."""
+    if len(span) != 2:
+        raise ValueError(f"a span is two numbers, its first and its last block, not {span}")
     first, last = span
     if not 0 <= first <= last <= blocks - 2:
         raise ValueError(f"span {first}-{last} does not fit: this model has blocks 0-{blocks - 1}, "
@@ -165,6 +170,12 @@ def apply_compensation(f, delta):
 
 # ================================================================== in a stock pipeline
 
+class SamplePath(threading.local):
+    """What a BlockCache keeps between the calls of a sample path; each thread has its own."""
+    delta = prompt = shape = timestep = None
+    left = 0                                              # steps of the path that are to come
+
+
 class BlockCache:
     """The cached path inside a stock StableDiffusion3Pipeline, in three lines:
 
@@ -178,7 +189,7 @@ class BlockCache:
     reuse it. A call belongs to the path if it brings the same prompt tensor, the same shape and a
     smaller timestep than the one before; any other call begins a path of its own and runs in full.
     A path that was cut short must be ended by forget(): a later call with the same prompt tensor
-    and a smaller timestep would take its Δ0.
+    and a smaller timestep would take its Δ0. Threads do not see each other's paths.
 
     ValueError for what it cannot do: a span that does not fit, a transformer that is not a stock
     one, has a cache already or is offloaded (make the cache first), or an argument of the call that
@@ -194,7 +205,7 @@ class BlockCache:
                              "first; make the cache before the pipeline is offloaded")
         self.span = check_span(span, len(transformer.transformer_blocks))
         self.transformer, self.f, self.steps = transformer, f, steps
-        self.forget()
+        self.path = SamplePath()
         transformer.forward = self                        # of this one object, not of its class
 
     def remove(self):
@@ -208,28 +219,36 @@ class BlockCache:
         self.forget()
 
     def forget(self):
-        """Drops Δ0: the next call begins a new sample path."""
-        self.delta = self.prompt = self.shape = self.timestep = None
-        self.left = 0                                     # steps of the path that are to come
+        """Drops this thread's Δ0: its next call begins a new sample path."""
+        vars(self.path).clear()
 
     def __call__(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
-                 return_dict=True, **others):
+                 block_controlnet_hidden_states=None, joint_attention_kwargs=None,
+                 return_dict=True, skip_layers=None):
         # Guidance by skipped layers and ControlNet change what happens inside the span; with Δ0
         # from another call they would be lost, or counted twice, without a word.
-        for name, value in others.items():
+        for name, value in (("block_controlnet_hidden_states", block_controlnet_hidden_states),
+                            ("joint_attention_kwargs", joint_attention_kwargs),
+                            ("skip_layers", skip_layers)):
             if value is not None and value != {}:
                 raise ValueError(f"{name} does not go together with a block cache; remove() the "
                                  "cache or leave it out")
-        now = float(timestep.max())
-        later = (self.left > 0 and encoder_hidden_states is self.prompt
-                 and hidden_states.shape == self.shape and now < self.timestep)
+        path, now = self.path, float(timestep.max())
+        later = (path.left > 0 and encoder_hidden_states is path.prompt
+                 and hidden_states.shape == path.shape and now < path.timestep)
         if not later:
             self.forget()
-            self.left = self.steps
-        self.left -= 1
+            path.left = self.steps
+            # With guidance a pipeline asks for each latent twice, with and without the prompt.
+            half = len(hidden_states) // 2
+            if half and torch.equal(hidden_states[:half], hidden_states[half:]):
+                warnings.warn("every latent comes twice, as guidance_scale above 1 does it; a "
+                              "distilled student has learnt its guidance: pass guidance_scale=1.0",
+                              stacklevel=2)
+        path.left -= 1
         # CachedSD3's forward needs nothing but the stock sub-modules, so it runs on a stock object.
-        velocity, self.delta = CachedSD3.forward(
+        velocity, path.delta = CachedSD3.forward(
             self.transformer, hidden_states, encoder_hidden_states, pooled_projections, timestep,
-            self.span, self.delta, self.f)
-        self.prompt, self.shape, self.timestep = encoder_hidden_states, hidden_states.shape, now
+            self.span, path.delta, self.f)
+        path.prompt, path.shape, path.timestep = encoder_hidden_states, hidden_states.shape, now
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)

@@ -25,6 +25,7 @@ Dimension key: P prompts, n pictures for each, F features. Pictures [n, 3, H, W]
 
 import dataclasses
 import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -86,9 +87,10 @@ def resolve(settings):
         raise UserError("real models need --checkpoint RUN and --prompts FILE")
     if Path(settings.out).is_file():
         raise UserError(f"--out {settings.out} is a file; give a folder")
-    folders = [Path(run) for run in settings.checkpoint or ["runs/tiny-stage1"]]
+    # Whole paths: rows are named after their folder, and "." has no name.
+    folders = [Path(os.path.abspath(run)) for run in settings.checkpoint or ["runs/tiny-stage1"]]
     if not settings.checkpoint and Path("runs/tiny-stage2/settings.json").exists():
-        folders.append(Path("runs/tiny-stage2"))
+        folders.append(Path("runs/tiny-stage2").absolute())
     runs = {folder: read_settings(folder) for folder in folders}
     for folder, run in runs.items():
         if run["model"] != preset.name:
@@ -294,7 +296,7 @@ class Rows:
             def sample(noise, prompt):
                 latents, _, _ = roll_out(student, noise, prompt, sigmas, span, f)
                 return latents[-1]
-            recipe = {"run": str(folder), "path": suffix,
+            recipe = {"run": os.path.relpath(folder), "path": suffix,
                       "span": f"{span[0]}-{span[1]}" if span else None,
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             for key in ("stage", "finished", "steps", "guidance", "alpha"):

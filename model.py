@@ -132,6 +132,9 @@ PRESETS = {
 }
 
 
+PARTS = "transformer", "vae", "text_encoder", "text_encoder_2"    # whose weights a pipeline needs
+
+
 def find_preset(model):
     """The preset of that name, or one with SD3-Medium's values for any pipeline folder or hub id.
     UserError for what is neither. Reads no weights."""
@@ -149,8 +152,16 @@ def find_preset(model):
             raise UserError(f"there is no model {model}; use {', '.join(PRESETS)}, "
                             "a pipeline folder or a hub id")
         return Preset(model, model)
-    if not (folder / "transformer" / "config.json").exists():
-        raise UserError(f"{folder} is no pipeline folder: it has no transformer/config.json")
+    for name in ("transformer/config.json", "model_index.json"):
+        if not (folder / name).exists():
+            raise UserError(f"{folder} is no pipeline folder: it has no {name}")
+    for part in PARTS:
+        files = [file.name for file in (folder / part).glob("*.safetensors")]
+        if not files:
+            raise UserError(f"{folder} is no pipeline folder: no .safetensors file in {part}/")
+        if "-of-" in files[0] and not list((folder / part).glob("*.safetensors.index*.json")):
+            raise UserError(f"{folder}/{part} holds weights in pieces and no .index.json, which "
+                            "says what is where; copy it too")
     # Stored with its whole path: found from any working directory. Whether it has T5 is seen by its
     # files, since its model_index.json may say otherwise.
     has_t5 = (folder / "text_encoder_3" / "config.json").exists()
@@ -247,7 +258,7 @@ def advice(error, source):
         return "the hub has no such repository, or it is private: check the name, `hf auth login`"
     if constants.HF_HUB_OFFLINE:
         return (f"HF_HUB_OFFLINE is set and not all of it is on this disk: unset it, or run "
-                f"`hf download {source}` where there is a network")
+                f"`{download_command(source)}` where there is a network")
     return "check the network; --model tiny needs no download"
 
 
@@ -262,6 +273,12 @@ def download(preset):
     with loading("the pipeline", preset.source):
         folder = StableDiffusion3Pipeline.download(preset.source, use_safetensors=True)
     return dataclasses.replace(preset, source=str(folder))
+
+
+def download_command(source):
+    """The command that fetches a repository of the hub."""
+    revision = f" --revision {BACKBONE_REVISION}" if source == BACKBONE else ""
+    return f"hf download {source}{revision}"
 
 
 def is_here(source):
@@ -280,11 +297,7 @@ def whereabouts(preset):
             sources += SOURCES
     lines = []
     for source in sources:
-        where = "there"
-        if not is_here(source):
-            where = f"not there: hf download {source}"
-            if source == BACKBONE:
-                where += f" --revision {BACKBONE_REVISION}"
+        where = "there" if is_here(source) else f"not there: {download_command(source)}"
         lines.append(f"{source}: {where}")
     return "\n".join(lines)
 
@@ -298,6 +311,12 @@ def load_part(cls, source, part, dtype, harmless=None, **others):
     folder = Path(source) / (part or "")
     files = list(folder.glob("*.safetensors"))
     half_only = files and all(".fp16" in file.name for file in files)
+    for file in files:
+        with loading(what, source), safe_open(file, "pt") as opened:
+            kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}
+        if any(kind.startswith("F8") for kind in kinds):
+            print(f"warning: {file} holds 8-bit floats, a coarse copy of the weights",
+                  file=sys.stderr)
     if part:
         others["subfolder"] = part
     with loading(what, source):
@@ -310,6 +329,11 @@ def load_part(cls, source, part, dtype, harmless=None, **others):
         if odd:
             raise UserError(f"{what} of {source} {verb} {odd[0]}; copy its files again, or save it "
                             "with save_pretrained, adapters merged")
+    # One NaN in a base model would make every gradient NaN, and nobody would look for it there.
+    for name, parameter in net.named_parameters():
+        if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
+            raise UserError(f"{what} of {source} holds NaN or infinity in {name}; copy its files "
+                            "again")
     return net.eval()
 
 
@@ -514,6 +538,9 @@ def load_student(folder, settings, preset, device, spread=False):
     span = f = None
     if spread and not is_main():
         return empty_transformer(config), None, None
+    if any(side % config["patch_size"] for side in settings["latent_shape"][1:]):
+        raise UserError(f"{folder}/settings.json has latents of {settings['latent_shape']}, which "
+                        f"patches of {config['patch_size']} do not divide")
     if finished:
         student = load_part(CachedSD3, weights, None, torch.float32)
     with loading("the student", folder):
@@ -750,6 +777,8 @@ def default_prompts(preset):
 def read_prompts(path):
     """The prompts of a file: one a line, or JSON lines with "prompt"; UserError with the line that
     is neither."""
+    if Path(path).is_char_device():                       # /dev/zero never ends
+        raise UserError(f"--prompts {path}: not a file of UTF-8 text")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -774,6 +803,10 @@ def choose_prompts(preset, path=None, text=None, pool=None, seed=0):
     them, drawn by seed, when there are more. Warns of words that the miniature does not know."""
     texts = default_prompts(preset)
     if text:
+        try:
+            text.encode()
+        except UnicodeEncodeError:                        # a shell's byte of another encoding
+            raise UserError("--prompt is not UTF-8 text") from None
         texts = [text]
     elif path:
         texts = read_prompts(path)

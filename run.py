@@ -2,8 +2,9 @@
 Nothing here knows about diffusion; skip this file when you read beside the paper.
 
 A run folder holds settings.json, prompts.safetensors, metrics.jsonl, samples/, the two newest
-checkpoint-NNNNNN/ and, at the end, the result in student/. Everything is safetensors or JSON.
-Nothing is ever unpickled, so loading a stranger's checkpoint cannot run a stranger's code.
+checkpoint-NNNNNN/ and, at the end, the result: student/, a model card and what it needs. Everything
+is safetensors or JSON. Nothing is ever unpickled, so loading a stranger's checkpoint cannot run a
+stranger's code.
 
 Four promises are kept here, each once:
   repeatable    rng: whatever is random depends on (seed, iteration) alone, so nothing is saved
@@ -19,6 +20,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -50,7 +52,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-KEEP = 2                        # [ours] how many checkpoints stay on disk
+KEEP = 2                        # [ours] how many checkpoints stay on disk while a run trains
 WAIT = timedelta(hours=2)       # [ours] for a process that writes a large checkpoint
 # Settings that a resumed run may change: they change no number beyond its last digits.
 MAY_CHANGE = {"out", "iterations", "checkpoint_every", "sample_every", "log_every", "device",
@@ -149,6 +151,10 @@ def command(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         argv = sys.argv[1:] if argv is None else argv
+        # A console of another encoding shows "?" for what it cannot print: no print ends a run.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):     # a notebook's
+                stream.reconfigure(errors="replace")
         output = contextlib.nullcontext()
         if not is_main():
             output = contextlib.redirect_stdout(io.StringIO())
@@ -360,6 +366,8 @@ def replace_file(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.rename(path)
+    except OSError as error:                              # a full disk does not say which file
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -379,7 +387,11 @@ def save_tensors(path, tensors, metadata=None):
     metadata is {str: str}."""
     if is_main():
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+        try:
+            replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+        except (OSError, SafetensorError) as error:
+            size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+            raise OSError(f"{error} ({path}, {size:.0f} MB)") from error
 
 
 def read_json(path):
@@ -421,9 +433,17 @@ def read_settings(folder):
                         "python train_stage1.py makes runs/tiny-stage1")
     settings = read_json(Path(folder) / "settings.json")
     needed = {"stage", "model", "steps", "alpha", "guidance", "latent_shape", "finished"}
-    if needed - settings.keys():
-        raise UserError(f"{folder}/settings.json lacks {min(needed - settings.keys())}: it is no "
-                        "run of this code, or one of an older version")
+    if settings.get("stage") == 2:
+        needed |= {"init", "cached_blocks", "no_compensation"}
+    odd = needed - settings.keys()
+    shape = settings.get("latent_shape")
+    if not isinstance(shape, list) or [type(n) for n in shape] != [int] * 3 or min(shape) < 1:
+        odd.add("latent_shape")
+    if odd:
+        raise UserError(f"{folder}/settings.json lacks {min(odd)}: it is no run of this code, or "
+                        "one of an older version")
+    if not (Path(folder) / "student").is_dir() and not checkpoints(folder):
+        raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
     return settings
 
 
@@ -454,8 +474,8 @@ class Run:
         self.stop = False
         self.result = 0                                   # iterations of what lies in student/
         saved = self.folder / "settings.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{folder} is a file; give --out a folder")
+        if os.path.lexists(folder) and not self.folder.is_dir():
+            raise UserError(f"{folder} is a file, or a link to nothing; give --out a folder")
         before = read_json(saved) if saved.exists() else {}
         # A kill may have left a temporary file, whose name begins with a dot.
         files = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
@@ -504,6 +524,7 @@ class Run:
         iteration = newest_iteration(self.folder)
         if is_main():
             self._cut_metrics(iteration)
+            self._look_for_room(networks, optimizers)
         if not iteration:
             return 0
         folder = self.folder / f"checkpoint-{iteration:06d}"
@@ -518,6 +539,19 @@ class Run:
                             "it to go on from the one before") from error
         print(f"resuming {self.folder} after iteration {iteration}")
         return iteration
+
+    def _look_for_room(self, networks, optimizers):
+        """Warns if the disk is too small for the checkpoints that are to come."""
+        size = 0
+        for name, net in networks.items():
+            slots = 3 if name in optimizers else 1        # weights, and AdamW's two moments
+            size += slots * sum(p.numel() * p.element_size() for p in net.parameters())
+        # KEEP of them and, while one is written, one more; some may be there already.
+        needed = size * (KEEP + 1 - len(checkpoints(self.folder)))
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            print(f"warning: checkpoints of this run need {needed / 1e9:.1f} GB, and "
+                  f"{self.folder} has {free / 1e9:.1f} GB left", file=sys.stderr)
 
     def _clear(self):
         """Deletes the run that --overwrite replaces. Its settings stay until the new ones are
@@ -561,8 +595,12 @@ class Run:
         save_tensors(self.folder / f"{name}.safetensors", tensors)
 
     def log(self, iteration, **values):
-        """Appends one line to metrics.jsonl, the main process's numbers. What is not finite becomes
-        null: JSON has no NaN. On a GPU the peak of allocated memory joins them."""
+        """Appends one line to metrics.jsonl, of several processes the mean of their numbers. What
+        is not finite becomes null: JSON has no NaN. On a GPU the peak of allocated memory joins
+        them."""
+        if processes() > 1:
+            every = gather(torch.tensor([list(values.values())], dtype=torch.float64))
+            values = dict(zip(values, every.nanmean(0).tolist(), strict=True))
         if not is_main():
             return
         if torch.cuda.is_initialized():
@@ -570,8 +608,12 @@ class Run:
         line = {"iteration": iteration}
         for key, value in values.items():
             line[key] = round(float(value), 6) if math.isfinite(value) else None
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
 
     def checkpoint(self, iteration, networks, optimizers):
         """Saves checkpoint-NNNNNN/, what restore() puts back, where one is due: at every
@@ -608,6 +650,10 @@ class Run:
         self.result = self.settings["iterations"]
         if is_main():
             self._write_settings()
+            for old in checkpoints(self.folder)[:-1]:     # more iterations go on from the newest
+                shutil.rmtree(old)
+            if not importlib.util.find_spec("matplotlib"):
+                print("no curves.png: pip install matplotlib draws one from metrics.jsonl")
 
 
 def newest_student(folder):
@@ -615,8 +661,6 @@ def newest_student(folder):
     # A run that was finished and then given more iterations has both.
     if newest_iteration(folder) > read_settings(folder)["finished"]:
         return checkpoints(folder)[-1]
-    if not (Path(folder) / "student").is_dir():
-        raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
     return Path(folder) / "student"
 
 
@@ -650,7 +694,7 @@ def publish(folder, preset, sigmas, evaluations, span=None, f=None):
         else:
             cache += ("f = make_compensation(student.inner_dim).to(device, dtype)\n"
                       "f.load_state_dict(load_file(f\"{folder}/compensation.safetensors\"))\n")
-        cache += f"cache = BlockCache(pipe.transformer, {span}, f)\n"
+        cache += f"cache = BlockCache(pipe.transformer, {span}, f, steps={steps})\n"
     parts = ""
     if not preset.text_length:                            # a base without T5
         parts = "text_encoder_3=None, tokenizer_3=None, "
@@ -698,7 +742,8 @@ def draw_curves(folder):
         from matplotlib.figure import Figure
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         names = sorted({name for line in lines for name in line} - {"iteration", "seconds"})
-        figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+        figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)))
+        figure.subplots_adjust(0.05, 0.04, 0.98, 0.96, wspace=0.3, hspace=0.35)
         for place, name in enumerate(names, 1):
             points = [(line["iteration"], line[name]) for line in lines if name in line]
             axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place, title=name)

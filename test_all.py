@@ -12,10 +12,13 @@ gradients are compared with those that the script really produces ("is the paper
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,9 +181,12 @@ def stock_latents(pipe, captions, noise, **arguments):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A Stage I run of two iterations."""
+    """A Stage I run of two iterations, without its pictures."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    train_stage1.main([*SMALL, "--iterations", "2", "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler.Gallery, "save", lambda *a, **k: None)
+        patch.setattr(run, "draw_curves", lambda folder: None)
+        train_stage1.main([*SMALL, "--iterations", "2", "--out", str(out)])
     return out
 
 
@@ -748,6 +754,13 @@ def test_a_path_of_more_than_two_steps_reuses_the_first_residual(teacher):
     assert torch.equal(delta[0], recorded[0]) and len(latents) == 4
 
 
+@pytest.mark.parametrize("span", [(1, 2, 3), range(1, 5)])
+def test_a_span_is_two_numbers(teacher, span):
+    """Catches Python's own words for it."""
+    with pytest.raises(ValueError, match="its first and its last block"):
+        BlockCache(teacher, span)
+
+
 @pytest.mark.parametrize("span", [(5, 2), (2, 11), (2, 40), (-1, 3)])
 def test_a_bad_span_is_refused_before_anything_is_changed(teacher, span):
     """Catches the last block in a span: it returns no text, so there is no residual."""
@@ -1128,7 +1141,8 @@ def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, t
     of another span, seconds of nobody, and the teacher compared with itself."""
     evaluate.main(["--checkpoint", str(finished), str(finished2), "--samples-per-prompt", "2",
                    "--teacher", "alpha", "--out", str(tmp_path / "out")])
-    result = run.read_json(tmp_path / "out" / "results.json")
+    text = (tmp_path / "out" / "results.json").read_text()
+    result = json.loads(text, parse_constant=pytest.fail)                 # no NaN
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["data", "teacher, w = 4 for sigma <= 0.94", "finished",
                           "finished, plain reuse", "finished, span skipped", "finished2",
@@ -1203,7 +1217,7 @@ def test_a_resumed_stage_two_run_is_the_undisturbed_one_bit_for_bit(
                            "--out", str(out)])
     assert same(weights(finished2), weights(out)) and metrics(finished2) == metrics(out)
     assert torch.equal(references_of(finished2), references_of(out))
-    assert [folder.name[-6:] for folder in run.checkpoints(out)] == ["000004", "000005"]
+    assert [folder.name[-6:] for folder in run.checkpoints(out)] == ["000005"], "the others went"
     newest = run.checkpoints(finished2)[-1]
     f = load_file(newest / "compensation.safetensors")
     assert same(f, load_file(finished2 / "compensation.safetensors"))
@@ -1214,9 +1228,46 @@ def test_a_resumed_stage_two_run_is_the_undisturbed_one_bit_for_bit(
         assert same(one, other)
 
 
+def test_a_run_says_what_is_missing(no_pictures, tmp_path, monkeypatch, capsys):
+    """Room for its checkpoints, before the first iteration; matplotlib. Catches hours that end at a
+    full disk, and a picture that never comes."""
+    find_spec, usage = run.importlib.util.find_spec, run.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda folder: usage._replace(free=5e7))
+    monkeypatch.setattr(run.importlib.util, "find_spec",
+                        lambda name: None if name == "matplotlib" else find_spec(name))
+    train_stage1.main([*SMALL, "--iterations", "1", "--out", str(tmp_path / "run")])
+    text = capsys.readouterr()
+    assert "checkpoints of this run need 0.5 GB" in text.err and "has 0.1 GB left" in text.err
+    assert "pip install matplotlib" in text.out
+
+
+def test_no_print_ends_a_run(monkeypatch):
+    """A console of another encoding gets "?". Catches a traceback for the sake of a prompt."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "cp1252", write_through=True))
+    run.command(print)(["\u4e2d\u6587"])
+    assert shown.getvalue().strip() == b"['??']"
+
+
+def test_a_link_and_a_relative_path_are_the_folder_they_lead_to(finished, no_pictures, tmp_path,
+                                                                monkeypatch):
+    """--overwrite on a link to another disk, and the folder one stands in. Catches a link that is
+    replaced by a folder, and a row without a name."""
+    shutil.copytree(finished, tmp_path / "disk")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    train_stage1.main([*SMALL, "--iterations", "1", "--seed", "5", "--overwrite",
+                       "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run").is_symlink()
+    assert run.read_settings(tmp_path / "disk")["seed"] == 5
+    assert len(metrics(tmp_path / "disk")) == 1
+    monkeypatch.chdir(finished)
+    settings = run.parse_settings(evaluate.Settings, ["--checkpoint", "."], "", "")
+    folder, = evaluate.resolve(settings)[2]
+    assert folder.name == "finished"
+
+
 def test_a_checkpoint_is_used_while_it_is_newer_than_the_result(finished, tmp_path):
     """Catches a sampler that shows the old student of a run that trains on."""
-    import shutil
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     run.checkpoints(out)[-1].rename(out / "checkpoint-000003")
@@ -1230,7 +1281,6 @@ def test_a_checkpoint_is_used_while_it_is_newer_than_the_result(finished, tmp_pa
 def test_a_run_with_other_settings_is_refused_and_left_as_it_was(
         finished, tmp_path, argv, words, capsys):
     """Names the difference. Catches a resumed run that mixes two."""
-    import shutil
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     if "--iterations" in argv:                            # interrupted, so there is no result yet
@@ -1313,7 +1363,9 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     argv = [*SMALL, "--iterations", "2", "--out", str(out)]
     with pytest.raises(SystemExit) as stop:
         train_stage1.main(argv)
-    assert stop.value.code == 1 and "No space left on device" in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and "No space left on device" in line
+    assert "checkpoint-000002" in line and " MB)" in line
     assert [folder.name for folder in run.checkpoints(out)] == ["checkpoint-000001"]
     monkeypatch.setattr(run, "save_file", save)
     train_stage1.main(argv)
@@ -1333,6 +1385,7 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     (train_stage1, ["--resolution", "33"], "--resolution 33 is not a multiple of 8"),
     (train_stage1, ["--prompts", "nowhere.txt"], "--prompts nowhere.txt: not a file"),
     (train_stage1, ["--out", "README.md"], "is a file"),
+    (train_stage2, ["--init", "EMPTY"], "holds neither student/ nor a checkpoint yet"),
     (train_stage2, ["--init", "nowhere"], "there is no run folder nowhere"),
     (train_stage2, ["--init", "FINISHED2"], "is a run of Stage 2"),
     (train_stage2, ["--init", "FINISHED", "--cached-blocks", "1-11"], "does not fit"),
@@ -1340,6 +1393,8 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     (train_stage2, ["--init", "FINISHED", "--reference", "FINISHED"], "needs more steps"),
     (train_stage2, ["--init", "FINISHED", "--references-from", "FINISHED2", "--seed", "5"],
      "has another seed: 3407, not 5"),
+    (train_stage1, ["--prompts", "/dev/zero"], "--prompts /dev/zero: not a file"),
+    (sampler, ["--prompt", "a \udcff", "--out", "x.png"], "--prompt is not UTF-8 text"),
     (sampler, ["--out", "picture.jpg"], "ends in .png"),
     (sampler, ["--checkpoint", "tiny", "--out", "x.png"], "settings.json is missing"),
     (evaluate, ["--model", "sd3-medium", "--checkpoint", "FINISHED"], "real models need"),
@@ -1348,7 +1403,10 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
 def test_a_mistake_is_one_line_before_anything_is_written(
         script, argv, words, finished, finished2, tmp_path, monkeypatch, capsys):
     """Catches a traceback, and a refusal after the weights were loaded."""
-    known = {"FINISHED": str(finished), "FINISHED2": str(finished2)}
+    empty = tmp_path / "empty"                            # a run that was stopped at once
+    empty.mkdir()
+    shutil.copy(finished / "settings.json", empty)
+    known = {"FINISHED": str(finished), "FINISHED2": str(finished2), "EMPTY": str(empty)}
     argv = [known.get(word, word) for word in argv]
     for name in ("load_part", "encode_prompts"):
         monkeypatch.setattr(model, name, lambda *a, **k: pytest.fail("weights were loaded"))

@@ -108,7 +108,7 @@ def resolve(settings):
     the transformer's config, the settings of the Stage I run and the span (n, m) or None."""
     preset, device, texts, config, _ = prepare(settings, TINY, SD3, stage=2)
     settings.cached_blocks = settings.cached_blocks or preset.cached_blocks
-    settings.init = settings.init or f"runs/{Path(preset.name).name}-stage1"
+    settings.init = str(Path(settings.init or f"runs/{Path(preset.name).name}-stage1"))
     if settings.discriminator:
         preset = dataclasses.replace(preset, discriminator=settings.discriminator)
     if settings.cached_blocks == "none" or settings.no_compensation:
@@ -284,13 +284,13 @@ def main(argv):
     # No fake score any more, and the teacher only while it makes the references: Stage II needs far
     # less memory than Stage I.
     preset = download(preset)                             # nothing to do for a folder
+    discriminator = Discriminator(preset, settings.seed).to(device)
     prompts = Prompts(preset, texts, device, [run.folder, settings.init])   # frees the encoders
     student, _, _ = load_student(settings.init, stage1, preset, torch.device("cpu"), spread=True)
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
     if span and not settings.no_compensation:
         f = make_compensation(student.inner_dim).to(device)
-    discriminator = Discriminator(preset, settings.seed).to(device)
     compiled = not settings.no_compile
     decode = Decoder(preset, device, settings.gradient_checkpointing, compiled)
     if settings.gradient_checkpointing:

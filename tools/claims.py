@@ -15,6 +15,7 @@ Dimension key: S training seeds, P prompts (the 24 captions).
 
 import concurrent.futures
 import dataclasses
+import math
 import operator
 import os
 import shlex
@@ -89,7 +90,6 @@ STATEMENTS = (
 )
 CORES = os.cpu_count() or 1
 SIGNS = {"÷": operator.truediv, "−": operator.sub, "at least": operator.ge, "at most": operator.le}
-BRACKETS = "{:.2f} [{:.2f}, {:.2f}]"                      # a value and its interval
 VERDICTS = ("does not hold", "not decided", "holds")      # so many ends of the interval satisfy it
 
 
@@ -181,6 +181,13 @@ def interval(a, sign, b, rounds=2000):
     return combine(a.mean(), b.mean()).item(), low, high
 
 
+def brackets(value, low, high):
+    """A value and its interval as text; a dash where they are not numbers (÷ an entropy of 0)."""
+    if not math.isfinite(value + low + high):
+        return "–"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def report(name, rows, seeds, root):
     """The Markdown section of one experiment: its variants and its statements."""
     def spread(values, digits):                           # of [S, P], over the seeds
@@ -197,8 +204,8 @@ def report(name, rows, seeds, root):
         values = read(rows, variant, seeds, root)
         cells = [variant, f"{values['evaluations'][0, 0]:.4g}", spread(values["points"] / 100, 3),
                  spread(values["entropy"], 2), spread(values["frechet"], 2),
-                 BRACKETS.format(*interval(values["points"], "−", first["points"])),
-                 BRACKETS.format(*interval(values["entropy"], "÷", first["entropy"]))]
+                 brackets(*interval(values["points"], "−", first["points"])),
+                 brackets(*interval(values["entropy"], "÷", first["entropy"]))]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Fréchet: to the teacher with α. Points, entropy ratio: against the first row."]
     judged = [statement[1:] for statement in STATEMENTS if statement[0] == name]
@@ -207,8 +214,10 @@ def report(name, rows, seeds, root):
     for measure, a, sign, b, sense, bound in judged:
         of_a, of_b = read(rows, a, seeds, root), read(rows, b, seeds, root)
         value, low, high = interval(of_a[measure], sign, of_b[measure])
-        verdict = VERDICTS[SIGNS[sense](low, bound) + SIGNS[sense](high, bound)]
-        lines.append(f"| {measure}: *{a}* {sign} *{b}* | {BRACKETS.format(value, low, high)} | "
+        verdict = VERDICTS[1]
+        if math.isfinite(low + high):
+            verdict = VERDICTS[SIGNS[sense](low, bound) + SIGNS[sense](high, bound)]
+        lines.append(f"| {measure}: *{a}* {sign} *{b}* | {brackets(value, low, high)} | "
                      f"{sense} {bound} | **{verdict}** |")
     return "\n".join(lines)
 

@@ -14,6 +14,8 @@ The paper's versions are not known (deviation 16), so compare the rows of a tabl
 Dimension key: n pictures of one prompt, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """
 
+from run import UserError
+
 import torch
 
 from model import load_part, loading
@@ -44,7 +46,10 @@ class RealMeter(torch.nn.Module):
                 ("pickscore", CLIPModel, pickscore or PICKSCORE, CLIPProcessor,
                  pickscore or PICKSCORE_PROCESSOR),
                 ("dino", Dinov2Model, dino or DINO, BitImageProcessor, dino or DINO)):
-            network = load_part(cls, source, None, torch.float32)
+            try:
+                network = load_part(cls, source, None, torch.float32)
+            except UserError as error:
+                raise UserError(f"{error}; or give a folder: --{name}") from error
             self.add_module(name, network.requires_grad_(False))
             # Each network was trained on pictures of its own size and colour scale; its processor
             # knows them. Scores change with the resizing, so the protocol in results.json names it.

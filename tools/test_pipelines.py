@@ -84,7 +84,7 @@ def test_a_path_that_was_cut_short_leaves_nothing_to_the_next_picture(stock_pipe
     went on. Catches Δ0 told apart by time and size alone: a picture of other prompts."""
     fresh = picture(stock_pipe, CAPTIONS[6:9], 0.75, 0.5)
     picture(stock_pipe, CAPTIONS[:3], 1)
-    assert cache.left == 1 and picture(stock_pipe, CAPTIONS[6:9], 0.75, 0.5).equal(fresh)
+    assert cache.path.left == 1 and picture(stock_pipe, CAPTIONS[6:9], 0.75, 0.5).equal(fresh)
 
 
 @pytest.mark.parametrize("rule, before, now", [
@@ -109,8 +109,31 @@ def test_an_argument_that_acts_inside_the_span_is_refused(stock_pipe, cache, pro
     """Catches one that is lost without a word; an empty one, as pipelines pass it, is none."""
     with pytest.raises(ValueError, match=f"^{name} does not go together with a block cache"):
         call(stock_pipe.transformer, prompts.take([0]), 1000, **{name: value})
-    assert cache.delta is None
-    call(stock_pipe.transformer, prompts.take([0]), 1000, joint_attention_kwargs={})
+    assert cache.path.delta is None
+    net, (embeds, pooled) = stock_pipe.transformer, prompts.take([0])
+    x, time = torch.ones(1, *SHAPE), torch.tensor([1000.0])
+    with torch.no_grad():                                 # as stock, in the stock's order
+        v, = net(x, embeds, pooled, time, None, {}, False, None)
+    assert v.equal(ask(net, x, 1.0, (embeds, pooled)))
+
+
+def test_threads_share_a_cached_transformer_and_no_path(stock_pipe, cache, prompts):
+    """Catches a Δ0, or a full step, that a picture gets because of another thread's."""
+    net, one, other = stock_pipe.transformer, prompts.take([0]), prompts.take([1])
+    call(net, one, 1000)
+    undisturbed = call(net, one, 750)
+    call(net, one, 1000)
+    thread = threading.Thread(target=call, args=(net, other, 900))
+    thread.start()
+    thread.join()
+    assert call(net, one, 750).equal(undisturbed)
+
+
+def test_guidance_on_a_cached_student_is_told(stock_pipe, cache):
+    """It would be guided twice. Catches other pictures without a word."""
+    noise = sampler.image_noise(0, [0, 1], SHAPE)
+    with pytest.warns(UserWarning, match="pass guidance_scale=1.0"):
+        stock_latents(stock_pipe, CAPTIONS[:2], noise, num_inference_steps=2, guidance_scale=7.0)
 
 
 def test_offloading_works_when_it_comes_after_the_cache_and_is_refused_before(stock_pipe, cache,
@@ -253,6 +276,10 @@ def test_any_number_of_processes_goes_on_and_computes_the_run_of_one(script, com
     assert commands.run(script, out, change=told, count=2) == {130}
     assert Path(f"{out}.log").read_text().count("stopped after iteration 5, saved") == 1
     assert commands.run(script, out) == {0}
+    for line, undisturbed in zip(metrics(out), metrics(commands.folder / script.__name__),
+                                 strict=True):            # of several processes the mean
+        for name in {"loss_fake", "loss_student", "gap", "loss_d", "loss_g"} & line.keys():
+            assert line[name] == pytest.approx(undisturbed[name], rel=1e-3), name
     one = tensors(commands.folder / script.__name__ / "checkpoint-000006")
     other = tensors(out / "checkpoint-000006")
     assert one.keys() == other.keys()
@@ -294,6 +321,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(script, number, n, calls, 
     assert_same_run(out, commands.folder / script.__name__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES)
 def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(script, commands, tmp_path):
     """A moment is a call that changes the disk: between two of them a kill finds the same files.
@@ -308,6 +336,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(script, comm
     assert_same_run(out, commands.folder / script.__name__)
 
 
+@pytest.mark.slow
 def test_overwriting_can_be_killed_and_deletes_in_the_run_folder_alone(commands, tmp_path):
     """Catches a half-removed run that is refused for ever, that passes for a finished one, or whose
     rest passes for the new one's, and a link whose target is emptied."""
@@ -319,7 +348,7 @@ def test_overwriting_can_be_killed_and_deletes_in_the_run_folder_alone(commands,
     for n in itertools.count(3, 3):
         killed = signalled(signal.SIGKILL, n, DISK)
         assert commands.run(train_stage1, out, "--overwrite", change=killed) == {-9}
-        left = run.read_settings(out)
+        left = run.read_json(out / "settings.json")
         whole = tensors(out / "student").keys() == tensors(old / "student").keys()
         assert whole or not left["finished"]
         if left["seed"] != 1:

@@ -91,8 +91,8 @@ def load(folder):
 
 
 def pulls(folder):
-    """What the first update's gradients left in the optimisers, {name: tensor}."""
-    return {name: tensor for file in (folder / "checkpoint-000001").glob("*_optimizer.safetensors")
+    """What the gradients left in the optimisers, {name: tensor}."""
+    return {name: tensor for file in folder.glob("checkpoint-*/*_optimizer.safetensors")
             for name, tensor in load_file(file).items() if name.endswith("exp_avg")}
 
 
@@ -194,12 +194,13 @@ def python_of(page):
 
 
 def test_the_readmes_lines_run(real, tmp_path, monkeypatch):
-    """In the project's folder, on another run and base."""
-    stranger, names = Stranger(real, tmp_path / "up", monkeypatch), {}
+    """In the project's folder, on another run and base (which is stored in half precision)."""
+    stranger, names = Stranger(real, tmp_path / "up", monkeypatch), {"torch": torch}
     monkeypatch.syspath_prepend(Path(model.__file__).parent)
     stranger.run(python_of("README.md"), "float32", names, **{
         "runs/tiny-stage2": str(real.stage2), "tiny/sd3": str(real.base), "(1, 4)": "(0, 1)",
-        "text_encoder_3=None,": "", "tokenizer_3=None,": "", ", max_sequence_length=0": ""})
+        "low_cpu_mem_usage=False": "torch_dtype=torch.float32",
+        "text_encoder_3=None, tokenizer_3=None": "", ", max_sequence_length=0": ""})
     assert names["image"].size == (64, 64)
 
 
@@ -256,7 +257,8 @@ def test_folders_as_they_are_in_public_load(form, real, tmp_path, monkeypatch):
 
 HARMS = {"lacks the tensor": lambda tensors: tensors.pop(min(tensors)),
          "foreign tensor": lambda tensors: tensors.update({"to_q.lora_A": torch.zeros(2)}),
-         "cannot load": lambda tensors: tensors.update({min(tensors): torch.zeros(3, 5)})}
+         "cannot load": lambda tensors: tensors.update({min(tensors): torch.zeros(3, 5)}),
+         "holds NaN": lambda tensors: tensors[min(tensors)].fill_(torch.nan)}
 
 
 @pytest.mark.parametrize("harm", [*HARMS, "pickle"])
@@ -282,7 +284,8 @@ def test_weights_that_do_not_fit_are_refused(part, harm, real, tmp_path, capsys)
         line = refused(train_stage2.main, argv, capsys)
     else:
         line = refused(train_stage1.main, line_of(train_stage1, out, "--model", folder), capsys)
-    assert harm.replace("pickle", "cannot load") in line and str(folder) in line
+    assert (harm in line or harm == "pickle") and str(folder) in line
+    assert harm != "pickle" or "cannot load" in line or "no .safetensors file" in line
     # Prompts may be encoded already: the same command takes them once that part is mended.
     assert {path.name for path in out.rglob("*.safetensors")} <= {"prompts.safetensors"}
 
@@ -299,6 +302,57 @@ def test_a_base_of_another_kind_is_refused_before_anything_is_loaded(part, chang
     run.write_json(folder / part, run.read_json(folder / part) | change)
     argv = line_of(train_stage1, out, "--model", folder)
     assert words in refused(train_stage1.main, argv, capsys) and not out.exists()
+
+
+@pytest.mark.parametrize("part, name, new, words", [
+    ("", "model_index.json", "index", "it has no model_index.json"),
+    ("transformer", "diffusion_pytorch_model.safetensors", "model.gguf", "no .safetensors file in"),
+    ("vae", "diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors",
+     "holds weights in pieces and no .index.json")])
+def test_a_folder_that_cannot_load_is_refused_before_anything_is_written(
+        part, name, new, words, real, tmp_path, capsys):
+    """Catches GGUF files and half a download that fail after the prompts were encoded."""
+    folder, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(real.base, folder)
+    (folder / part / name).rename(folder / part / new)
+    argv = line_of(train_stage1, out, "--model", folder)
+    assert words in refused(train_stage1.main, argv, capsys) and not out.exists()
+
+
+def test_eight_bit_weights_are_told(real, tmp_path, capsys):
+    """Catches a teacher that is off by a twentieth, loaded without a word."""
+    folder = tmp_path / "base"
+    shutil.copytree(real.base, folder)
+    file, = (folder / "transformer").glob("*.safetensors")
+    coarse = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+    save_file(coarse, file, {"format": "pt"})
+    model.load_transformer(model.find_preset(str(folder)))
+    assert "holds 8-bit floats" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"latent_shape": [16, 7, 8]}, "patches of 2 do not divide"),
+    ({"latent_shape": "16"}, "lacks latent_shape"),
+    ({"cached_blocks": ...}, "lacks cached_blocks")])
+def test_a_strangers_run_that_does_not_fit_is_refused(settings, words, real, tmp_path, capsys):
+    """Catches a KeyError, and a shape that fails in the middle of a forward."""
+    run_folder = tmp_path / "run"
+    shutil.copytree(real.stage2, run_folder)
+    values = run.read_settings(run_folder) | settings
+    run.write_json(run_folder / "settings.json",
+                   {name: value for name, value in values.items() if value is not ...})
+    argv = ["--checkpoint", str(run_folder), "--out", str(tmp_path / "x.png")]
+    assert words in refused(sampler.main, argv, capsys)
+
+
+def test_missing_metric_networks_are_named_by_their_options(real, tmp_path, monkeypatch, capsys):
+    """Catches a message that says the network is missing and not that a folder would do."""
+    monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "prompts").write_text("a cross")
+    argv = ["--model", real.base, "--checkpoint", real.stage2, "--prompts", tmp_path / "prompts",
+            "--out", tmp_path]
+    line = refused(evaluate.main, [str(word) for word in argv], capsys)
+    assert "openai/clip-vit-large-patch14" in line and line.endswith("--clip")
 
 
 def test_a_dry_run_writes_nothing_and_asks_no_network(real, tmp_path, monkeypatch, capsys):
@@ -374,6 +428,7 @@ def test_references_of_another_run_are_taken(real, tmp_path, monkeypatch, capsys
 
 
 @TRACED
+@pytest.mark.slow
 def test_saving_memory_and_compiling_change_no_gradient(real, tmp_path, monkeypatch):
     """Micro-batches, blocks that run again in backward, compiled blocks. Catches a sum of
     micro-batches for their mean, a switch that nobody reads, and a cache that a compiled block

@@ -53,6 +53,9 @@ def test_a_claim_is_judged_by_its_interval():
     a = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     value, low, high = claims.interval(a, "−", 0 * a)
     assert value == 0.5 and low < 0.25 and high > 0.75
+    collapsed = claims.report("1", rows({one: 0.9, plain: 0.9}, {one: 0.0, plain: 0.0},
+                                        {one: 0.4, plain: 0.9}), ["1", "2"], "runs")
+    assert "nan" not in collapsed and "**not decided**" in collapsed
 
 
 def test_the_commands_of_the_claims_are_commands(capsys):
