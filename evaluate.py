@@ -8,7 +8,7 @@ Each row of the table is one way of making pictures: the teacher in 56 network e
 1.67, that run without its cache. All rows sample the same prompts from the same start noises. Then
 a meter looks at the pictures; in the miniature world it is the exact reader (tiny/world.py):
 
-    prompt_accuracy      share of pictures that show the caption's shape and colour; 1 is best
+    right                share of pictures that show the caption's shape and colour; 1 is best
     usual_scene          share of pictures on the shape's usual scene; data 0.55, collapse 1
     scene_entropy        of a caption's pictures, in nats; collapse 0. It grows with n (data: 0.96
                          at 8 samples a caption, 1.13 at 32, 1.16 at 64): compare it at one n
@@ -45,7 +45,7 @@ from sampler import (TEACHER_STEPS, image_noise, roll_out, sample_guided, save_p
                      teacher_sigmas)
 from tiny.world import CAPTIONS, draw, measure, sample_labels
 
-MEASURES = ("prompt_accuracy", "usual_scene", "scene_entropy", "clip_score", "pick_score",
+MEASURES = ("right", "usual_scene", "scene_entropy", "clip_score", "pick_score",
             "diversity", "lpips", "frechet_to_teacher", "frechet_to_data")
 COLUMNS = ("name", "nfe_blocks", "nfe_flops", "seconds_per_image", "speedup", *MEASURES)
 
@@ -65,6 +65,8 @@ class Settings:
     teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only "
                           "the one that Fréchet distances are taken to",
                           choices=("yes", "alpha", "no"))
+    alpha: float = option(0.94, "the teacher's alpha: Fréchet distances are taken to it, whatever "
+                          "a run was trained with [paper, second hand]", low=0, high=1)
     own_path: bool = option(False, "of each run only the path that it was trained for")
     out: str = option(None, "folder for results.json, table.md, grid.png (default: results/MODEL)")
     clip: str = option(None, "folder or hub id of the CLIP score's CLIPModel")
@@ -128,7 +130,7 @@ class TinyMeter(torch.nn.Module):
         # The reader compares a picture with all that the world can draw. It has no weights, so no
         # training can fool it.
         read = measure(pictures, torch.full((len(pictures),), CAPTIONS.index(prompt)))
-        values = {"prompt_accuracy": read["correct"].mean(), "usual_scene": read["usual"].mean(),
+        values = {"right": read["correct"].mean(), "usual_scene": read["usual"].mean(),
                   "scene_entropy": read["scene_entropy"]}
         x = pictures.to(self.metric_backbone.device) * 2 - 1              # to [−1, 1]
         maps = self.metric_backbone(x).feature_maps
@@ -260,9 +262,9 @@ class Rows:
                           "nfe_flops": None, "seconds_per_image": None})
 
     def add_teacher(self, w, alpha, steps):
-        """The teacher's rows; w, α and steps are the first run's."""
+        """The teacher's rows; w and steps are the first run's."""
         stock, own = teacher_sigmas(self.preset), sigma_grid(steps)
-        # First the teacher that Stage I learned from: Fréchet distances are taken to this row.
+        # First the teacher that Stage I learns from: Fréchet distances are taken to this row.
         paths = [(f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha)]
         if self.settings.teacher == "yes":
             # What goes wrong without the paper: guided everywhere, its layouts collapse; without
@@ -402,7 +404,7 @@ def main(argv):
     device, out = pick_device(preset, settings.device), Path(settings.out)
     n = settings.samples_per_prompt
     tiny_world = preset.is_tiny
-    leader = next(iter(runs.values()))                    # first run: its w, α guide the teacher
+    leader = next(iter(runs.values()))                    # first run: its w guides the teacher
 
     # ------------------------------------------------------------- the protocol
     if tiny_world:
@@ -420,14 +422,14 @@ def main(argv):
                 "device": str(device), **versions(), "resize": meter.resize, "frechet_to": None}
     if settings.teacher != "no":
         protocol["frechet_to"] = {"steps": TEACHER_STEPS, "guidance": leader["guidance"],
-                                  "alpha": leader["alpha"]}
+                                  "alpha": settings.alpha}
 
     # ------------------------------------------------------------- sample and measure, row by row
     sampled = Rows(settings, preset, texts, leader["latent_shape"], device, meter)
     if tiny_world:
         sampled.add_data()
     if settings.teacher != "no":
-        sampled.add_teacher(leader["guidance"], leader["alpha"], leader["steps"])
+        sampled.add_teacher(leader["guidance"], settings.alpha, leader["steps"])
     # A Stage I run is also shown with the span that its Stage II run, if there is one, skips.
     spans = {}                                            # {name of the Stage I run: span as text}
     for run in runs.values():

@@ -25,6 +25,7 @@ from cache import nfe
 from losses import euler, guidance_weight, guide, shift_sigma
 from model import (Decoder, Prompts, choose_prompts, download, find_preset, load_scheduler,
                    load_student, pick_device, velocity)
+from tiny.world import CAPTIONS, measure
 
 TEACHER_STEPS = 28      # [paper] the teacher runs 28 × 2
 COMMITTED = str(Path(__file__).resolve().parent / "tiny" / "student")    # the default runs' result
@@ -147,11 +148,14 @@ class Gallery:
     def __init__(self, preset, prompts):
         # The same rows in every run and at every step: two grids differ only in the student.
         self.prompts = prompts
-        self.size = 8 if preset.is_tiny else 4
+        self.tiny = preset.is_tiny
+        self.size = 8 if self.tiny else 4
         self.rows = torch.randperm(len(prompts), generator=rng(0, "gallery"))[:self.size]
 
     def save(self, path, student, decode, shape, sigmas, span=None, f=None):
-        """Samples the grid and writes it to path. All processes call it; the first one writes."""
+        """Samples the grid and writes it to path. All processes call it; the first one writes.
+        Returns what the miniature's exact reader finds in it, {} for real models: the share of
+        pictures with the right shape and colour, and the scene entropy of a caption's 8."""
         pictures = []
         with torch.no_grad():
             for i, row in enumerate(self.rows.tolist()):
@@ -160,8 +164,16 @@ class Gallery:
                 latents, _, _ = roll_out(student, noise.to(self.prompts.device), prompt, sigmas,
                                          span, f)
                 pictures += [decode(one).cpu() for one in latents[-1].split(1)]
+        pictures = torch.cat(pictures)
         if is_main():
-            save_pictures(torch.cat(pictures), path, self.size)
+            save_pictures(pictures, path, self.size)
+        texts = [self.prompts.texts[row] for row in self.rows.tolist()]
+        if not self.tiny or set(texts) - set(CAPTIONS):
+            return {}
+        captions = torch.tensor([CAPTIONS.index(text) for text in texts])
+        found = measure(pictures, captions.repeat_interleave(self.size))
+        return {"right": found["correct"].mean(),
+                f"scene_entropy_{self.size}": found["scene_entropy"].mean()}
 
 
 def save_pictures(pictures, path, columns):

@@ -286,20 +286,21 @@ def main(argv):
         norm_student = clip_and_step([optimizers["student"]], CLIP_STUDENT)
 
         # ---- log, show, save
-        done = i + 1
+        done, seen = i + 1, {}
         last = done == settings.iterations
-        if done % settings.log_every == 0 or last:
+        if done % settings.sample_every == 0 or last:
+            # Of the miniature's pictures an exact reader says how many are right, how varied.
+            seen = gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode,
+                                shape, sigmas)
+        if done % settings.log_every == 0 or seen or last:
             x0 = torch.cat([latents[-1] for latents, _ in paths])         # B×C×H×W
             metrics = {"loss_fake": torch.stack(losses_fake).mean().item(),
                        "loss_student": torch.stack(losses_student).mean().item(),
                        **measure(torch.cat(gaps).cpu(), draws["sigma_student"], x0, sigmas,
                                  settings.alpha),
                        "grad_norm_fake": norm_fake, "grad_norm_student": norm_student}
-            run.log(done, **metrics, seconds=time.perf_counter() - begun)
+            run.log(done, **metrics, **seen, seconds=time.perf_counter() - begun)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN}, refresh=False)
-        if done % settings.sample_every == 0 or last:
-            gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
-                         sigmas)
         run.checkpoint(done, networks, optimizers)              # where due; Ctrl-C ends it here
 
     # ------------------------------------------------------------- the result

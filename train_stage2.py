@@ -370,19 +370,20 @@ def main(argv):
             optimizer.zero_grad(set_to_none=True)
 
         # ---- log, show, save
-        done = i + 1
+        done, seen = i + 1, {}
         last = done == settings.iterations
-        if done % settings.log_every == 0 or last:
+        if done % settings.sample_every == 0 or last:
+            # Of the miniature's pictures an exact reader says how many are right, how varied.
+            seen = gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode,
+                                shape, sigmas, span, f)
+        if done % settings.log_every == 0 or seen or last:
             # An iteration is one turn; both counts tell how many updates that makes.
             generated = sum(turn_of(j) == "generator" for j in range(done))
-            run.log(done, **metrics, updates_d=done - generated, updates_g=generated,
+            run.log(done, **metrics, **seen, updates_d=done - generated, updates_g=generated,
                     seconds=time.perf_counter() - begun)
             bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()
                              if "norm" not in name}, refresh=False)
             metrics = {}
-        if done % settings.sample_every == 0 or last:
-            gallery.save(run.folder / "samples" / f"step_{done:06d}.png", student, decode, shape,
-                         sigmas, span, f)
         run.checkpoint(done, networks, optimizers)        # where due; Ctrl-C ends it here
 
     # ------------------------------------------------------------- the result

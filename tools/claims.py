@@ -2,6 +2,7 @@
 
     python -m tools.claims                          # claims 1 and 3, three training seeds
     python -m tools.claims --only 2 4 parts alpha   # other claims, and sweeps of one setting
+    python -m tools.claims --pool results/*/results.json        # twenty students, one table
 
 Two tables come first: what is compared, and what has to hold. The training scripts go on where they
 were interrupted. One call of evaluate.py measures all, so all rows share captions and noises.
@@ -19,6 +20,7 @@ import math
 import operator
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +104,7 @@ class Settings:
     jobs: int = option(min(8, CORES), "trainings side by side; they share the cores", 1, 64)
     runs: str = option("runs/claims", "folder of the runs, kept")
     out: str = option("results/claims", "folder for claims.md and evaluate.py's results")
+    pool: list = option(None, "results.json files of a class, say: one table of all of them")
     dry_run: bool = option(False, "print the commands and stop")
     debug: bool = option(False, "show tracebacks")
 
@@ -154,7 +157,7 @@ def read(rows, name, seeds, root):
     """What results.json's rows say of a variant, {measure: [S, P]}."""
     by_name = {row["name"]: row for row in rows}
     found = [by_name[row_name(name, seed, root)] for seed in seeds]
-    accuracy = torch.tensor([row["by_prompt"]["prompt_accuracy"] for row in found])       # S×P
+    accuracy = torch.tensor([row["by_prompt"]["right"] for row in found])       # S×P
     entropy = torch.tensor([row["by_prompt"]["scene_entropy"] for row in found])          # S×P
     # A distance is one number for all captions, so in effect only the seeds are resampled. The
     # teacher has none from itself.
@@ -222,11 +225,35 @@ def report(name, rows, seeds, root):
     return "\n".join(lines)
 
 
+def pooled(files):
+    """A Markdown table of evaluations that differ in the training seed: rows of one name together,
+    mean ± standard deviation over the files."""
+    columns = ("right", "scene_entropy", "frechet_to_teacher")
+    rows = {}                                             # {name: {column: values}}
+    for file in files:
+        for row in read_json(file)["rows"]:
+            of_name = rows.setdefault(row["name"], {column: [] for column in columns})
+            for column in columns:
+                if row[column] is not None:
+                    of_name[column].append(row[column])
+    lines = [f"| name | results | {' | '.join(columns)} |", "|" + " --- |" * 5]
+    for name, found in rows.items():
+        cells = [name, str(len(found["right"]))]
+        for values in found.values():
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # ================================================================== command
 
 @command
 def main(argv):
     settings = parse_settings(Settings, argv, "-m tools.claims", __doc__.split("\n\n")[0])
+    if settings.pool:
+        print(pooled(settings.pool))
+        return
     seeds = settings.seeds or ["3407", "1", "2"]
     if not "".join(seeds).isdecimal() or len({*seeds, str(settings.eval_seed)}) <= len(seeds):
         raise UserError("--seeds must be whole numbers, no two alike and none of them --eval-seed")

@@ -200,7 +200,7 @@ class Commands:
             sys.stdout = sys.stderr = open(f"{out}.log", "a", buffering=1)
             model.PRESETS = self.presets
             train_stage2.D_ONLY = 0                       # turns G (of f alone), D, D, G, D, D
-            sampler.Gallery.save = run.draw_curves = lambda *arguments: None    # take their time
+            sampler.Gallery.save = run.draw_curves = lambda *arguments: {}      # take their time
             change()
             script.main(words)
         fork = multiprocessing.get_context("fork").Process

@@ -74,7 +74,7 @@ def real(tmp_path_factory):
         patch.setattr(socket.socket, "connect", lambda *a: pytest.fail("asked the network"))
         patch.setitem(sys.modules, "lpips", None)         # as if not installed
         patch.setattr(run, "draw_curves", lambda folder: None)
-        patch.setattr(sampler.Gallery, "save", lambda *a: None)
+        patch.setattr(sampler.Gallery, "save", lambda *a: {})
         patch.setattr(train_stage2, "D_ONLY", 0)
         base = make_base(folder / "sd3")
         stage1 = train(train_stage1, folder / "stage1", "--model", base)

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import cache
 import model
 import sampler
 from tiny.world import CAPTIONS
-from tools import benchmark, claims, find_alpha, find_span
+from tools import benchmark, claims, exercise, find_alpha, find_span
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -38,7 +39,7 @@ def rows(accuracy, entropy, distance):
         for variant in accuracy:
             found.append({"name": claims.row_name(variant, seed, "runs"), "nfe_blocks": 2.0,
                           "frechet_to_teacher": distance[variant],
-                          "by_prompt": {"prompt_accuracy": 24 * [accuracy[variant]],
+                          "by_prompt": {"right": 24 * [accuracy[variant]],
                                         "scene_entropy": 24 * [entropy[variant]]}})
     return found
 
@@ -56,6 +57,17 @@ def test_a_claim_is_judged_by_its_interval():
     collapsed = claims.report("1", rows({one: 0.9, plain: 0.9}, {one: 0.0, plain: 0.0},
                                         {one: 0.4, plain: 0.9}), ["1", "2"], "runs")
     assert "nan" not in collapsed and "**not decided**" in collapsed
+
+
+def test_a_class_pools_its_results(tmp_path, capsys):
+    """Catches rows of two names in one mean."""
+    for i, right in enumerate((0.9, 0.96)):
+        rows = [{"name": name, "right": right - less, "scene_entropy": 0.8,
+                 "frechet_to_teacher": None} for name, less in (("a", 0), ("b", 0.5))]
+        (tmp_path / f"{i}.json").write_text(json.dumps({"rows": rows}))
+    claims.main(["--pool", *map(str, tmp_path.glob("*.json"))])
+    text = capsys.readouterr().out
+    assert "| a | 2 | 0.930 ± 0.042 | 0.800 ± 0.000 |  |" in text and "| b | 2 | 0.430" in text
 
 
 def test_the_commands_of_the_claims_are_commands(capsys):
@@ -110,6 +122,68 @@ def test_links_between_the_pages_lead_somewhere():
                 heads = re.findall(r"^#+ (.*)", target.read_text(), re.M)
                 slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
                 assert anchor in slugs, f"{page.name}: {link}"
+
+
+# ================================================================== exercises
+
+# Three plausible mistakes for each exercise: what ours says, and what somebody might write.
+MISTAKES = {
+    1: [("return shrink * x +", "return x +"), ("- (a * shrink) ** 2", "- a ** 2"),
+        ("variance.sqrt() * noise", "variance * noise")],
+    2: [("<= alpha, w, 1.0", "< alpha, w, 1.0"), ("<= alpha, w, 1.0", "> alpha, w, 1.0"),
+        ("<= alpha, w, 1.0", "<= alpha, w, 0.0")],
+    3: [("grid <= high[:, None] + 1e-6", "grid < high[:, None] - 1e-6"),
+        ("grid > low[:, None] + 1e-6", "grid >= low[:, None] - 1e-6"),
+        ("weights.double() * inside", "inside.double()")],
+    4: [("p + p_teacher - p_fake", "p - p_teacher + p_fake"),
+        ("(p - p_teacher).abs().mean((1, 2, 3), keepdim=True)", "(p - p_teacher).abs().mean()"),
+        ("with torch.no_grad():", "with torch.enable_grad():")],
+    5: [("(x - x0) / to_shape", "(x0 - x) / to_shape"), ("/ to_shape(sigma, x)", ""),
+        ("F.mse_loss", "F.l1_loss")],
+    6: [("euler(x, v_teacher, sigma, sigma_end)", "euler(x, v_teacher, sigma, 0 * sigma)"),
+        ("renoise(p, sigma_end, sigma,", "renoise(p, 0 * sigma, sigma,"),
+        ("velocity(fake_score, x, sigma, prompt)\n        p_t", "velocity(fake_score, x, sigma, "
+         "uncond)\n        p_t")],
+    7: [("nn.init.zeros_(self.down.weight)", "nn.init.normal_(self.down.weight)"),
+        ("2 * width", "4 * width"), ("return x + self.down(", "return self.down(")],
+    8: [("(image - image_in).detach()", "image - image_in"), ("(image - image_in)", "image"),
+        ("if reuse and first <= i <= last:", "if reuse and first < i <= last:")],
+    9: [("euler(x, v, sigma, sigma_next)", "euler(x, v, sigma, 0.0)"),
+        ("v, delta = velocity", "v, _ = velocity"),
+        ("prompt, span, delta, f)", "prompt, span, delta)")],
+    10: [("== 0:\n        return \"g", "== 1:\n        return \"g"), ("i >= D_ONLY and ", ""),
+         ("== 0:\n        return \"g", "!= 0:\n        return \"g")],
+}
+
+
+def verdict(number, folder):
+    """What the exercise's check says, in a fork of this process: it replaces the modules."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+
+    def child():
+        torch.set_num_threads(1)                          # a pool's threads are not forked
+        theirs.send(exercise.judge(number, folder))
+    fork = multiprocessing.get_context("fork").Process(target=child)
+    fork.start()
+    assert ours.poll(120), "the check hangs"
+    return ours.recv()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", MISTAKES)
+def test_an_exercise_is_solved_by_our_code_and_by_no_mistake(number, tmp_path):
+    """Catches a check that lets a plausible mistake pass, and one that asks for our very lines."""
+    path = tmp_path / "folder" / exercise.EXERCISES[number - 1].file
+    exercise.hand_out(number, tmp_path / "folder")
+    assert "NotImplementedError" in verdict(number, tmp_path / "folder")
+    solution = (HERE / path.name).read_text()
+    path.write_text(solution)
+    assert verdict(number, tmp_path / "folder") is None
+    for ours, theirs in MISTAKES[number]:
+        assert ours in solution, ours
+        path.write_text(solution.replace(ours, theirs))
+        line = verdict(number, tmp_path / "folder")
+        assert line and "Catches" in line and "\n" not in line, (ours, line)
 
 
 # ================================================================== experiments and lecture
