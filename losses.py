@@ -58,6 +58,8 @@ def renoise(x, a, b, noise):
     """x at level a to level b ≥ a with fresh noise (Stage I; official: processor.py).
 
     x_b = shrink·x_a + √(b² − (a·shrink)²)·noise   with   shrink = (1 − b)/(1 − a)
+
+    At b = a that is x itself, also at level 1, where the quotient is 0/0.
     """
     assert x.shape == noise.shape, "one noise for each latent"
     a = to_shape(a, x)

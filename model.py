@@ -143,9 +143,11 @@ def find_preset(model):
     folder = Path(model).resolve()
     if folder.is_file():
         raise UserError(
-            f"{model} is a file, and a base model is a pipeline folder. Of a single .safetensors "
-            "file make one: python -c \"from diffusers import StableDiffusion3Pipeline as P; "
-            f"P.from_single_file('{model}').save_pretrained('FOLDER')\"")
+            f"{model} is a file, and a base model is a pipeline folder. Of a .safetensors file and "
+            "BASE, the model that it was tuned from, this makes one: python -c \"from diffusers "
+            "import SD3Transformer2DModel as T, StableDiffusion3Pipeline as P; "
+            f"t = T.from_single_file('{model}', config='BASE', subfolder='transformer'); "
+            "P.from_pretrained('BASE', transformer=t).save_pretrained('FOLDER')\"")
     if not folder.exists():
         # A hub id has exactly one slash; the rest are misspelt names and folders that have gone.
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):

@@ -259,12 +259,13 @@ def test_renoising_reaches_exactly_the_marginal_of_the_higher_level():
     for a, b in ((0.0, 0.5), (0.3, 0.8), (0.75, 0.9), (0.5, 1.0)):
         x = (1 - a) * x0 + a * torch.randn(n, 1, generator=seeded(1))
         x = renoise(x, a, b, torch.randn(n, 1, generator=seeded(2)))
-        assert x.mean().item() == pytest.approx((1 - b) * x0, abs=0.01)
-        assert x.std().item() == pytest.approx(b, abs=0.01)
+        assert x.mean().item() == pytest.approx((1 - b) * x0, abs=0.01), "the picture's share"
+        assert x.std().item() == pytest.approx(b, abs=0.01), "how much noise there is"
     x, a = torch.randn(4, 3), torch.full((4,), 0.3)
     same_level = renoise(x, a, a, torch.randn(4, 3))
-    assert torch.allclose(same_level, x, atol=2e-3), "variance not clamped at b = a"
-    assert torch.equal(renoise(x, torch.ones(4), torch.ones(4), torch.randn(4, 3)), x)
+    assert torch.allclose(same_level, x, atol=2e-3), "x must come back at b = a: clamp the variance"
+    at_one = renoise(x, torch.ones(4), torch.ones(4), torch.randn(4, 3))
+    assert torch.equal(at_one, x), "x must come back at a = b = 1, where (1 − b)/(1 − a) is 0/0"
 
 
 @pytest.mark.parametrize("name, means", [("official", (0.912, 0.619)), ("uniform", (0.892, 0.461))])
@@ -317,10 +318,12 @@ def test_the_students_gradient_is_the_score_difference():
     for tensor in (p, p_teacher, p_fake):
         tensor.requires_grad_()
     dmd_loss(p, p_teacher, p_fake).backward()
+    assert p_teacher.grad is None and p_fake.grad is None, "gradient reaches teacher or fake score"
+    assert (p.grad * (p_fake - p_teacher)).sum() > 0, "descent must lead along p_teacher − p_fake"
     for b in range(2):
         scale = (p[b] - p_teacher[b]).abs().sum().item() / 60
-        assert torch.allclose(p.grad[b], (p_fake[b] - p_teacher[b]) / scale / 120, rtol=1e-4)
-    assert p_teacher.grad is None and p_fake.grad is None
+        wanted = (p_fake[b] - p_teacher[b]) / scale / 120
+        assert torch.allclose(p.grad[b], wanted, rtol=1e-4), "each sample by its own mean distance"
 
 
 def test_the_official_loss_has_its_gradient_on_both_sides_of_the_huber_constant():
@@ -645,11 +648,12 @@ def stock_residual(net, span, x, sigma, prompt):
     return v, ((image - seen["in"][0]).detach(), (text - seen["in"][1]).detach())
 
 
+BOTH = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 KINDS = pytest.mark.parametrize("kind", ["tiny", "sd3-medium", "sd3.5-medium", "sd3.5-large"])
 
 
 @KINDS
-@pytest.mark.parametrize("bf16", [False, True])
+@BOTH
 def test_the_forward_written_out_is_the_stock_one_bit_for_bit(kind, bf16):
     """Velocity, residual and gradients; without a span and while it records. Catches streams passed
     in the wrong order, a flag of a real model that only the stock forward honours, and a detach
@@ -665,12 +669,14 @@ def test_the_forward_written_out_is_the_stock_one_bit_for_bit(kind, bf16):
                 v, delta = step(net, x, 0.75, prompt, span=(1, 2) if how == "recording" else None)
         v.square().mean().backward()
         found.append(gradients(net) | {"velocity": v.detach()})
-    assert same(found[0], found[1]) and same(found[0], found[2])
-    assert torch.equal(delta[0], stock_delta[0]) and torch.equal(delta[1], stock_delta[1])
+    assert same(found[0], found[1]), "without a span it is not the stock forward"
+    assert same(found[0], found[2]), "recording changes velocity or gradient"
+    assert torch.equal(delta[0], stock_delta[0]), "Δ0 is what the span added to the image"
+    assert torch.equal(delta[1], stock_delta[1]), "Δ0 is what the span added to the text"
 
 
 @KINDS
-@pytest.mark.parametrize("bf16", [False, True])
+@BOTH
 def test_a_cached_step_is_the_stock_forward_with_one_block_in_the_spans_place(kind, bf16):
     """O_m,1 = I_n,1 + f(Δ0), forward and backward. Catches f on the wrong stream, a span one block
     off, and an input of the span that step one left behind."""
@@ -689,8 +695,9 @@ def test_a_cached_step_is_the_stock_forward_with_one_block_in_the_spans_place(ki
                     v = ask(net, x_later, 0.75, prompt)
         v.square().mean().backward()
         found.append((v, gradients(net), gradients(f)))
-    assert torch.equal(found[0][0], found[1][0])
-    assert same(found[0][1], found[1][1]) and same(found[0][2], found[1][2])
+    assert torch.equal(found[0][0], found[1][0]), "the velocity (in bf16: cast f(Δ0), then add)"
+    assert same(found[0][1], found[1][1]), "the blocks' gradients: is Δ0 detached?"
+    assert same(found[0][2], found[1][2]), "f's gradients"
 
 
 def test_f_is_its_formula():
@@ -1413,7 +1420,7 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     (train_stage1, ["--alfa", "1"], "unrecognized arguments: --alfa"),
     (train_stage1, ["--model", "sd3-big"], "there is no model sd3-big"),
     (train_stage1, ["--model", "/tmp"], "is no pipeline folder"),
-    (train_stage1, ["--model", "README.md"], "P.from_single_file('README.md').save_pretrained"),
+    (train_stage1, ["--model", "README.md"], "T.from_single_file('README.md', config='BASE'"),
     (train_stage1, ["--accumulation", "5"], "is not a multiple of --accumulation 5"),
     (train_stage1, ["--resolution", "33"], "--resolution 33 is not a multiple of 8"),
     (train_stage1, ["--prompts", "nowhere.txt"], "--prompts nowhere.txt: not a file"),

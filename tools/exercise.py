@@ -58,7 +58,9 @@ EXERCISES = (
              "self.norm, self.up, self.down; hidden width 2·D. Where does training begin?",
              ("f_is_its_formula", "f_at_its_start", "nfe_counts")),
     Exercise("the cached branch of the forward", "cache.py", ("CachedSD3.forward.for",),
-             "At i == first keep the span's input, at i == last record Δ0 or add f(Δ0).",
+             "At i == first keep the span's input; at i == last record Δ0, detached, or add f(Δ0), "
+             "cast to the stream's dtype. Blocks take hidden_states (the image), "
+             "encoder_hidden_states (the text) and temb, and return (text, image).",
              ("a_cached_step_is_the_stock", "forward_written_out", "gradient_reaches_f",
               "checkpointing_gives")),
     Exercise("the roll-out in 1.67 evaluations", "sampler.py", ("roll_out",),
@@ -134,8 +136,10 @@ class Judge:
             name = report.nodeid.split("::test_")[-1].replace("_", " ")
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = crash.message.splitlines()[0] if crash else str(report.longrepr)[-200:]
-            about = self.about[report.nodeid]
-            self.line = f"not so: {name}. ({reason[:160]}) {about[about.find('Catches'):]}"
+            if reason.startswith("assert "):              # it has no message of its own
+                about = self.about[report.nodeid]
+                reason = about[about.find("Catches"):]
+            self.line = f"not so: {name} ({reason[:200]})"
 
     def pytest_collectreport(self, report):
         if report.failed:
