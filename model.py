@@ -62,6 +62,11 @@ HERE = Path(__file__).resolve().parent
 # The discriminator's backbone, and the state of its repository that has safetensors with the names
 # that transformers reads today.
 BACKBONE, BACKBONE_REVISION = "facebook/convnextv2-base-22k-224", "refs/pr/2"
+# What the evaluation looks at real models with (tools/real_metrics.py).
+CLIP = "openai/clip-vit-large-patch14"                            # [ours]
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"     # its model card's
+DINO = "facebook/dinov2-base"                                     # [ours] not Stage II's backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,9 +299,7 @@ def whereabouts(preset):
     disk, or how to fetch it before hours are spent."""
     sources = [preset.source, preset.discriminator]
     if not preset.is_tiny:
-        with contextlib.suppress(ImportError):            # tools/ may have been deleted
-            from tools.real_metrics import SOURCES
-            sources += SOURCES
+        sources += [CLIP, PICKSCORE, PICKSCORE_PROCESSOR, DINO]
     lines = []
     for source in sources:
         where = "there" if is_here(source) else f"not there: {download_command(source)}"

@@ -53,7 +53,7 @@ EXERCISES = (
              ("fake_score_loss_is_zero",)),
     Exercise("the student's turn", "train_stage1.py", ("student_turn",),
              "Step k with gradient; re-noise; one step back by the teacher, one by the fake score.",
-             ("each_turn_of_stage_one",)),
+             ("(each_turn_of_stage_one and default)",)),
     Exercise("f and its start", "cache.py", ("Compensation.__init__", "Compensation.forward"),
              "self.norm, self.up, self.down; hidden width 2·D. Where does training begin?",
              ("f_is_its_formula", "f_at_its_start", "nfe_counts")),

@@ -18,13 +18,8 @@ from run import UserError
 
 import torch
 
-from model import load_part, loading
+from model import CLIP, DINO, PICKSCORE, PICKSCORE_PROCESSOR, load_part, loading
 
-CLIP = "openai/clip-vit-large-patch14"                            # [ours]
-PICKSCORE = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"     # its model card's
-DINO = "facebook/dinov2-base"                                     # [ours] not Stage II's backbone
-SOURCES = CLIP, PICKSCORE, PICKSCORE_PROCESSOR, DINO
 LPIPS_SIDE = 256        # [ours] pixels
 LPIPS_PAIRS = 32        # [ours] pairs at a time, to bound the memory
 
