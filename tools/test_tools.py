@@ -169,8 +169,13 @@ def verdict(number, folder):
     return ours.recv()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", MISTAKES)
+# Those of a whole training and of every kind of model take minutes.
+LONG = {6, 8, 9}
+
+
+@pytest.mark.parametrize("number", [pytest.param(
+    number, marks=pytest.mark.minutes if number in LONG else pytest.mark.slow)
+    for number in MISTAKES])
 def test_an_exercise_is_solved_by_our_code_and_by_no_mistake(number, tmp_path):
     """Catches a check that lets a plausible mistake pass, and one that asks for our very lines."""
     path = tmp_path / "folder" / exercise.EXERCISES[number - 1].file
