@@ -169,12 +169,9 @@ def verdict(number, folder):
     return ours.recv()
 
 
-# Those of a whole training and of every kind of model take minutes.
-LONG = {6, 8, 9}
-
-
+# All together they take minutes.
 @pytest.mark.parametrize("number", [pytest.param(
-    number, marks=pytest.mark.minutes if number in LONG else pytest.mark.slow)
+    number, marks=pytest.mark.slow if number in (1, 4) else pytest.mark.minutes)
     for number in MISTAKES])
 def test_an_exercise_is_solved_by_our_code_and_by_no_mistake(number, tmp_path):
     """Catches a check that lets a plausible mistake pass, and one that asks for our very lines."""
