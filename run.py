@@ -714,10 +714,8 @@ license_name: that-of-the-base-model
 license_link: https://huggingface.co/{base}
 ---
 # {name}
-
-{base} distilled to {evaluations:.4g} network evaluations a picture ({how}) by
+{base} distilled to {evaluations:.4g} network evaluations a picture ({how}) by \
 [1.x-Distill](https://arxiv.org/abs/2604.04018). All settings are in settings.json.
-
 ```python
 import sys
 import torch
