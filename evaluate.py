@@ -89,10 +89,11 @@ def resolve(settings):
         raise UserError("real models need --checkpoint RUN and --prompts FILE")
     if Path(settings.out).is_file():
         raise UserError(f"--out {settings.out} is a file; give a folder")
-    # Whole paths: rows are named after their folder, and "." has no name.
-    folders = [Path(os.path.abspath(run)) for run in settings.checkpoint or ["runs/tiny-stage1"]]
+    names = settings.checkpoint or ["runs/tiny-stage1"]
     if not settings.checkpoint and Path("runs/tiny-stage2/settings.json").exists():
-        folders.append(Path("runs/tiny-stage2").absolute())
+        names.append("runs/tiny-stage2")
+    # Whole paths: rows are named after their folder, and "." has no name.
+    folders = [Path(os.path.abspath(name)) for name in names]
     runs = {folder: read_settings(folder) for folder in folders}
     for folder, run in runs.items():
         if run["model"] != preset.name:

@@ -356,18 +356,28 @@ def save_whole(folder, write):
     new.rename(folder)
 
 
-def replace_file(path, write):
+@contextlib.contextmanager
+def writing(path, size=None):
+    """Names the file, and its bytes where they are known, if it cannot be written: a full disk says
+    neither."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        about = f" ({size / 1e6:.0f} MB)" if size else ""
+        raise OSError(f"cannot write {path}{about}: {error}") from error
+
+
+def replace_file(path, write, size=None):
     """Makes one file by write(temporary path), whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:                              # a full disk does not say which file
-        raise OSError(f"cannot write {path}: {error}") from error
+        with writing(path, size):
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -387,11 +397,8 @@ def save_tensors(path, tensors, metadata=None):
     metadata is {str: str}."""
     if is_main():
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
-        except (OSError, SafetensorError) as error:
-            size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
-            raise OSError(f"{error} ({path}, {size:.0f} MB)") from error
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata),
+                     size=sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def read_json(path):
@@ -496,22 +503,22 @@ class Run:
             if newest > max(settings["iterations"], self.result):
                 raise UserError(f"{folder} is at iteration {newest} already; give more "
                                 "--iterations")
+        self.done = 0 < settings["iterations"] <= self.result
         self.replace = overwrite and saved.exists()
         any_process(False)                                # all have looked before one writes
         if is_main() and self.replace:
             (self.folder / "prompts.safetensors").unlink(missing_ok=True)
-        elif is_main() and not 0 < settings["iterations"] <= self.result:
+        elif is_main() and not self.done:
             # First of all, so that a kill leaves nothing that looks like somebody else's folder.
             self._write_settings()
             (self.folder / "samples").mkdir(exist_ok=True)
 
     def finished(self):
         """Whether the result is there already; says so."""
-        done = 0 < self.settings["iterations"] <= self.result
-        if done:
+        if self.done:
             print(f"{self.folder} is finished; more --iterations continue it, --overwrite starts "
                   "again")
-        return done
+        return self.done
 
     def restore(self, networks, optimizers):
         """Puts the newest checkpoint into networks and optimisers, dicts of names; returns its
@@ -609,11 +616,8 @@ class Run:
         for key, value in values.items():
             line[key] = round(float(value), 6) if math.isfinite(value) else None
         path = self.folder / "metrics.jsonl"
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def checkpoint(self, iteration, networks, optimizers):
         """Saves checkpoint-NNNNNN/, what restore() puts back, where one is due: at every

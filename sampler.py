@@ -231,7 +231,7 @@ def main(argv):
     if not settings.prompt and not settings.prompts and not preset.is_tiny:
         texts = texts[:4]                                 # of the grammar's 80,000
 
-    preset = download(preset)                             # nothing to do for a folder
+    preset = download(preset)                             # now a folder on this disk
     prompts = Prompts(preset, texts, device)
     student, span, f = load_student(folder, trained, preset, device)
     if settings.no_cache:

@@ -99,6 +99,12 @@ def stock_net(state=None):
     return net.eval()
 
 
+def leave_out_pictures(patch):
+    """No sample grids and curves, which change no weight and take most of a short run's time."""
+    patch.setattr(sampler.Gallery, "save", lambda *a, **k: {})
+    patch.setattr(run, "draw_curves", lambda folder: None)
+
+
 def record(script, argv):
     """Runs script.main(argv) and returns its updates in order. Each is a dict:
 
@@ -137,8 +143,7 @@ def record(script, argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script.Run, "restore", spy_on_restore)
         patch.setattr(script, "clip_and_step", spy_on_step)
-        patch.setattr(sampler.Gallery, "save", lambda *a, **k: {})
-        patch.setattr(run, "draw_curves", lambda folder: None)
+        leave_out_pictures(patch)
         script.main(argv)
     return updates
 
@@ -185,8 +190,7 @@ def finished(tmp_path_factory):
     """A Stage I run of two iterations, without its pictures."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler.Gallery, "save", lambda *a, **k: {})
-        patch.setattr(run, "draw_curves", lambda folder: None)
+        leave_out_pictures(patch)
         train_stage1.main([*SMALL, "--iterations", "2", "--out", str(out)])
     return out
 
@@ -277,6 +281,7 @@ def test_importance_curves_have_the_released_samplers_means(name, means):
         sigma = draw_sigma(u, torch.full_like(u, high), torch.full_like(u, low),
                            importance_curve(name))
         assert (sigma > low).all(), "the last level belongs to the next window"
+        assert (sigma <= high + 1e-6).all(), "a level above the window"
         assert sigma[0].item() == pytest.approx(high), "the first level belongs to the window"
         assert sigma.mean().item() == pytest.approx(mean, abs=0.005), "not drawn by the weights"
 
@@ -1204,9 +1209,8 @@ def test_the_exact_reader_reads_what_was_drawn():
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Leaves out sample grids and curves, which change no weight."""
-    monkeypatch.setattr(sampler.Gallery, "save", lambda *a, **k: {})
-    monkeypatch.setattr(run, "draw_curves", lambda folder: None)
+    """leave_out_pictures for one test."""
+    leave_out_pictures(monkeypatch)
 
 
 def refused(main, argv, capsys):

@@ -235,7 +235,7 @@ def main(argv):
         return
 
     # ------------------------------------------------------------- three networks, one base
-    preset = download(preset)                                   # nothing to do for a folder
+    preset = download(preset)                                   # now a folder on this disk
     prompts = Prompts(preset, texts, device, [run.folder])      # frees the text encoders again
     # place() moves a network to its device; several processes share it in pieces (spread).
     compiled = not settings.no_compile

@@ -283,7 +283,7 @@ def main(argv):
     # ------------------------------------------------------------- student, f, discriminator
     # No fake score any more, and the teacher only while it makes the references: Stage II needs far
     # less memory than Stage I.
-    preset = download(preset)                             # nothing to do for a folder
+    preset = download(preset)                             # now a folder on this disk
     discriminator = Discriminator(preset, settings.seed).to(device)
     prompts = Prompts(preset, texts, device, [run.folder, settings.init])   # frees the encoders
     student, _, _ = load_student(settings.init, stage1, preset, torch.device("cpu"), spread=True)

@@ -88,14 +88,8 @@ def print_transformer(t, ideal):
 
 # ================================================================== whole images
 
-def compile_parts(pipe):
-    """Compiles the pipeline's blocks and VAE decoder in place; eager() runs them as before."""
-    for module in (*pipe.transformer.transformer_blocks, pipe.vae.decoder):
-        module.compile()
-
-
 def eager(path):
-    """The path without compiled code."""
+    """The path without the compiled code of its modules."""
     def call():
         with torch.compiler.set_stance("force_eager"):
             return path()
@@ -183,8 +177,9 @@ def main(argv):
     if settings.tiny_vae:
         tiny_vae = load_part(AutoencoderTiny, settings.tiny_vae, None, dtype).to(device)
     compiled = settings.compile or can_compile(preset, device)
+    place(pipe.transformer, device, compiled)
     if compiled:
-        compile_parts(pipe)
+        pipe.vae.decoder.compile()
     t = time_pipeline(pipe, preset, span, f, settings.rounds, compiled, tiny_vae)
     print("stock pipeline                         seconds   28×2 over it")
     for name, seconds in t.items():

@@ -20,7 +20,6 @@ import math
 import operator
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -191,13 +190,14 @@ def brackets(value, low, high):
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def spread(by_seed, digits):
+    """Mean ± standard deviation of a number of each seed, [S], as text; of one seed the number."""
+    of_seeds = f" ± {by_seed.std():.{digits}f}" if len(by_seed) > 1 else ""
+    return f"{by_seed.mean():.{digits}f}{of_seeds}"
+
+
 def report(name, rows, seeds, root):
     """The Markdown section of one experiment: its variants and its statements."""
-    def spread(values, digits):                           # of [S, P], over the seeds
-        by_seed = values.mean(1)
-        of_seeds = f" ± {by_seed.std():.{digits}f}" if len(seeds) > 1 else ""
-        return f"{by_seed.mean():.{digits}f}{of_seeds}"
-
     what, variants = EXPERIMENTS[name]
     first = read(rows, variants[0], seeds, root)
     lines = [f"### {name}: {what}", "",
@@ -205,8 +205,9 @@ def report(name, rows, seeds, root):
              "|" + " --- |" * 7]
     for variant in variants:
         values = read(rows, variant, seeds, root)
-        cells = [variant, f"{values['evaluations'][0, 0]:.4g}", spread(values["points"] / 100, 3),
-                 spread(values["entropy"], 2), spread(values["frechet"], 2),
+        cells = [variant, f"{values['evaluations'][0, 0]:.4g}",
+                 spread((values["points"] / 100).mean(1), 3),
+                 spread(values["entropy"].mean(1), 2), spread(values["frechet"].mean(1), 2),
                  brackets(*interval(values["points"], "−", first["points"])),
                  brackets(*interval(values["entropy"], "÷", first["entropy"]))]
         lines.append(f"| {' | '.join(cells)} |")
@@ -240,8 +241,7 @@ def pooled(files):
     for name, found in rows.items():
         cells = [name, str(len(found["right"]))]
         for values in found.values():
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+            cells.append(spread(torch.tensor(values), 3) if values else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

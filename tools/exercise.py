@@ -17,11 +17,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from run import UserError, command, parse_settings, option
+from run import UserError, command, option, parse_settings
 
 HERE = Path(__file__).resolve().parent.parent
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "results", "exercises", "docs",
-                                  "assets", "*.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +110,12 @@ def blanked(source, names, number, hint):
 def hand_out(number, folder):
     """Writes the project into the folder, without what the exercise asks for."""
     exercise = EXERCISES[number - 1]
-    shutil.copytree(HERE, folder, ignore=LEFT_OUT)
+    # What is trained and tested: not the runs, models and environments that may lie beside it.
+    for name in ("tiny", "tools"):
+        shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for pattern in ("*.py", "*.md", "*.ini", "*.txt"):
+        for path in HERE.glob(pattern):
+            shutil.copy(path, folder)
     path = folder / exercise.file
     source = path.read_text(encoding="utf-8")
     for names in exercise.names:

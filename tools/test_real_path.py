@@ -24,7 +24,8 @@ import model
 import sampler
 import train_stage1
 import train_stage2
-from test_all import ask, assert_close, metrics, references_of, refused, same, weights
+from test_all import (ask, assert_close, leave_out_pictures, metrics, references_of, refused, same,
+                      weights)
 from tools import random_model
 
 CPU, SHAPE = torch.device("cpu"), (16, 8, 8)
@@ -73,8 +74,7 @@ def real(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", lambda *a: pytest.fail("asked the network"))
         patch.setitem(sys.modules, "lpips", None)         # as if not installed
-        patch.setattr(run, "draw_curves", lambda folder: None)
-        patch.setattr(sampler.Gallery, "save", lambda *a: {})
+        leave_out_pictures(patch)
         patch.setattr(train_stage2, "D_ONLY", 0)
         base = make_base(folder / "sd3")
         stage1 = train(train_stage1, folder / "stage1", "--model", base)
