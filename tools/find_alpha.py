@@ -31,8 +31,8 @@ from run import UserError, command, option, parse_settings, rng, write_text
 import torch
 
 from losses import guide, renoise, x0_from_velocity
-from model import (Prompts, check_base, choose_prompts, find_preset, load_transformer, pick_device,
-                   velocity)
+from model import (Prompts, check_base, choose_prompts, download, find_preset, load_transformer,
+                   pick_device, velocity)
 from sampler import TEACHER_STEPS, image_noise, sample_guided, teacher_sigmas
 from train_stage1 import SD3, TINY
 
@@ -139,6 +139,7 @@ def main(argv):
     # Drawn, not the first so many: the built-in grammar's first ones are all of one style.
     order = torch.randperm(len(texts), generator=rng(settings.seed, "prompts"))
     texts = [texts[j] for j in order[:settings.prompts_used].tolist()]
+    preset = download(preset)                             # now a folder on this disk
     prompts = Prompts(preset, texts, device)              # frees the text encoders again
     teacher = load_transformer(preset, frozen_on=device).to(device)
     # The model's own picture size: another one would have another noise level for "layout".

@@ -24,7 +24,8 @@ from run import UserError, command, option, parse_settings, read_settings, rng
 import torch
 
 from cache import nfe
-from model import Prompts, default_prompts, find_preset, load_student, pick_device, velocity
+from model import (Prompts, default_prompts, download, find_preset, load_student, pick_device,
+                   velocity)
 from sampler import image_noise, roll_out, sigma_grid
 
 
@@ -103,7 +104,7 @@ def main(argv):
     run = read_settings(settings.checkpoint)
     if run["steps"] < 2:
         raise UserError(f"{settings.checkpoint} has one step: there is nothing to reuse")
-    preset = find_preset(run["model"])
+    preset = download(find_preset(run["model"]))          # now a folder on this disk
     device = pick_device(preset, settings.device)
     pool = default_prompts(preset)
     chosen = torch.randint(len(pool), (settings.samples,), generator=rng(settings.seed, "prompts"))
