@@ -121,12 +121,12 @@ def importance_curve(name):
     # Straight lines through four points: most weight at high noise, where structure is decided.
     # (How often each step is drawn is another matter: evenly, in train_stage1.draw_batch.)
     line = _interpolate(i, (0, 300, 500, 1000), (0.6, 1.3, 0.05, 0.001))  # [official]
-    # Then a Gaussian blur of 100 indices [official]. It acts on the logarithm, because the weights
-    # span three orders of magnitude and a plain blur would wash the small ones away.
-    offset = torch.arange(-400, 401, dtype=torch.float64)
+    # Then a Gaussian blur of 100 indices, cut off at 300 [official]. It acts on the logarithm: the
+    # weights span three orders of magnitude, and a plain blur would wash the small ones away.
+    offset = torch.arange(-300, 301, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offset / 100) ** 2)
     kernel = kernel / kernel.sum()
-    padded = F.pad(line.log()[None, None], (400, 400), mode="replicate")  # 1×1×1801
+    padded = F.pad(line.log()[None, None], (300, 300), mode="replicate")  # 1×1×1601
     smooth = F.conv1d(padded, kernel[None, None])[0, 0]                   # 1001
     return smooth.exp().clamp(min=1e-6).float()
 

@@ -70,7 +70,7 @@ TINY = dict(                    # [ours] all by trial, so that a laptop does it 
     student_lr=2e-5,            # the official rate is for LoRA; all weights here
     compensation_lr=3e-4,       # at 1e-3 f itself collapses the scenes
     discriminator_lr=2e-3,      # by trial; there are 700 turns to learn in, officially 4000
-    warmup=90,                  # of them 13 are G's
+    warmup=90,                  # of them 14 are G's
     pool=24,                    # all captions of the miniature world
     checkpoint_every=300,
     sample_every=200,
@@ -336,8 +336,9 @@ def main(argv):
                 latents, _, delta = roll_out(student, noise, prompt, sigmas[:-1], span, f)
             x = latents[-1]                               # B×C×H×W, before the last step
             # Train mode lets the power iteration of the heads' spectral norms take a step with each
-            # pass. One step a turn, whatever --accumulation is: in the first part alone.
-            discriminator.heads.train(part is parts[0])
+            # pass. They take one in each of D's turns, whatever --accumulation is: in the first
+            # part alone. In G's turns they stand still [official].
+            discriminator.heads.train(turn == "discriminator" and part is parts[0])
 
             if turn == "discriminator":
                 # ---- 2. D: the student's picture as inference makes it, against its reference
@@ -360,7 +361,7 @@ def main(argv):
             # Warm-up [paper, second hand]: f alone. Otherwise the student would adapt to errors
             # that f, which still is plain reuse, will soon remove by itself.
             learners = of_generator
-            if i < settings.warmup:
+            if i <= settings.warmup:                      # this one included [official]
                 learners = [optimizers["compensation"]]
             norm = clip_and_step(learners, CLIP_GENERATOR)
         metrics["norm_d" if turn == "discriminator" else "norm_g"] = norm
