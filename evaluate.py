@@ -1,6 +1,7 @@
 """Measures runs beside their teacher and the data: one table, results.json and a picture.
 
     python evaluate.py                                  # the default runs, the teacher, the data
+    python evaluate.py --teacher all                    # ... and the teacher guided otherwise
     python evaluate.py --checkpoint runs/a runs/b --samples-per-prompt 64 --out results/compare
     python evaluate.py --model sd3-medium --checkpoint RUN --prompts FILE --out results/medium
 
@@ -12,11 +13,14 @@ a meter looks at the pictures; in the miniature world it is the exact reader (ti
     usual_scene          share of pictures on the shape's usual scene; data 0.55, collapse 1
     scene_entropy        of a caption's pictures, in nats; collapse 0. It grows with n (data: 0.96
                          at 8 samples a caption, 1.13 at 32, 1.16 at 64): compare it at one n
+    read_error           mean RMS distance of a picture from the nearest true one; data 0
+    speckled             share of pictures with specks away from the outline, where that distance
+                         is above 0.02
     diversity            mean distance of a prompt's pictures from each other, in features
     frechet_to_teacher   distance of all pictures from those of the α-guided teacher; 0 is best
     frechet_to_data      the same from freshly drawn pictures
 
-Real models have CLIP score, PickScore and LPIPS instead of the first three (tools/real_metrics.py).
+Real models have CLIP score, PickScore and LPIPS instead of the first five (tools/real_metrics.py).
 Seconds count sampling and decoding, not the text encoders; speedup is against the teacher's 28 × 2.
 Brackets are 95 % intervals over prompts. Read main() first: it goes through all this in order.
 
@@ -45,8 +49,8 @@ from sampler import (TEACHER_STEPS, image_noise, roll_out, sample_guided, save_p
                      teacher_sigmas)
 from tiny.world import CAPTIONS, draw, measure, sample_labels
 
-MEASURES = ("right", "usual_scene", "scene_entropy", "clip_score", "pick_score",
-            "diversity", "lpips", "frechet_to_teacher", "frechet_to_data")
+MEASURES = ("right", "usual_scene", "scene_entropy", "read_error", "speckled", "clip_score",
+            "pick_score", "diversity", "lpips", "frechet_to_teacher", "frechet_to_data")
 COLUMNS = ("name", "nfe_blocks", "nfe_flops", "seconds_per_image", "speedup", *MEASURES)
 
 
@@ -62,9 +66,9 @@ class Settings:
     samples_per_prompt: int = option(None, "n, samples for each prompt (tiny: 32, others: 4)",
                                      low=2, high=4096)
     batch_size: int = option(None, "images at a time (tiny: 128, others: 4)", low=1, high=10_000)
-    teacher: str = option("yes", "sample the teacher's rows too, minutes on a CPU; alpha = only "
-                          "the one that Fréchet distances are taken to",
-                          choices=("yes", "alpha", "no"))
+    teacher: str = option("alpha", "its rows: alpha = the one that Fréchet distances are taken to; "
+                          "all = also guided everywhere, unguided and in few steps, minutes on a CPU",
+                          choices=("alpha", "all", "no"))
     alpha: float = option(0.94, "the teacher's alpha: Fréchet distances are taken to it, whatever "
                           "a run was trained with [paper, second hand]", low=0, high=1)
     own_path: bool = option(False, "of each run only the path that it was trained for")
@@ -132,7 +136,8 @@ class TinyMeter(torch.nn.Module):
         # training can fool it.
         read = measure(pictures, torch.full((len(pictures),), CAPTIONS.index(prompt)))
         values = {"right": read["correct"].mean(), "usual_scene": read["usual"].mean(),
-                  "scene_entropy": read["scene_entropy"]}
+                  "scene_entropy": read["scene_entropy"],
+                  "read_error": read["read_error"].mean(), "speckled": read["speckled"].mean()}
         x = pictures.to(self.metric_backbone.device) * 2 - 1              # to [−1, 1]
         maps = self.metric_backbone(x).feature_maps
         return values, maps[-1].mean((2, 3)).cpu()                        # n×F×h×w → n×F
@@ -267,7 +272,7 @@ class Rows:
         stock, own = teacher_sigmas(self.preset), sigma_grid(steps)
         # First the teacher that Stage I learns from: Fréchet distances are taken to this row.
         paths = [(f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha)]
-        if self.settings.teacher == "yes":
+        if self.settings.teacher == "all":
             # What goes wrong without the paper: guided everywhere, its layouts collapse; without
             # guidance, it misses the prompt; in as few steps as the student's, it blurs.
             paths.append((f"teacher, w = {w:g} everywhere", stock, w, 1.0))

@@ -24,6 +24,7 @@ COLOURS = {"red": (0.90, 0.12, 0.12), "green": (0.10, 0.62, 0.20), "blue": (0.12
 SCENES = ("day", "beach", "night", "dusk")
 RADII = (6, 7, 8)                     # of the shapes, in pixels
 P_USUAL = 0.55                        # of a shape's usual scene; each of the three others 0.15
+SPECKLED = 0.02                       # error_inside above which the eye sees specks
 CAPTIONS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]  # 24: shape·6 + colour
 WORDS = {word for caption in CAPTIONS for word in caption.split()}
 
@@ -97,36 +98,47 @@ def sample_labels(n, generator, captions=None):
 
 @functools.cache
 def _template_norms():
-    """(colour − scene [4, 6, 3, 1024], ‖mask·(colour − scene)‖² [4, 6, T]), for scene, colour,
-    template."""
+    """‖mask·(colour − scene)‖² for each scene, colour and template, [4, 6, T]."""
     masks = templates()[0].flatten(1)                                           # T × 1024
     contrast = (torch.tensor(list(COLOURS.values()))[None, :, :, None]
                 - scenes().flatten(2)[:, None])                                 # 4 × 6 × 3 × 1024
-    return contrast, torch.einsum("scp,tp->sct", (contrast ** 2).sum(2), masks ** 2)
+    return (contrast ** 2).sum(2) @ (masks ** 2).T
 
 
 def read(pictures):
-    """Reads pictures [B, 3, 32, 32] in [0, 1]:
-    dict of shape, colour, scene (indices [B]) and error (RMS [B]).
+    """Reads pictures [B, 3, 32, 32] in [0, 1]: dict of shape, colour, scene (indices [B]), error
+    and error_inside (RMS [B]).
 
     The exact reader: the rendering with the least squared error among every template × colour ×
     scene. No network is involved, so none can fool it. error says how far the picture is from any
-    true one.
+    true one; error_inside leaves out the pixels within two of the shape's outline, where an edge
+    that is a little soft or moved counts most.
     """
     masks, shapes = templates()
-    contrast, norms = _template_norms()
-    result = {key: [] for key in ("shape", "colour", "scene", "error")}
+    flat, backgrounds = masks.flatten(1), scenes().flatten(2)                   # T × 1024, 4×3×1024
+    colours = torch.tensor(list(COLOURS.values()))                              # 6 × 3
+    result = {key: [] for key in ("shape", "colour", "scene", "error", "error_inside")}
     for chunk in pictures.float().cpu().split(64):
-        rest = chunk.flatten(2)[:, None] - scenes().flatten(2)                  # B × 4 × 3 × 1024
-        # ‖rest − mask·contrast‖² = ‖rest‖² − 2⟨rest·contrast, mask⟩ + ‖mask·contrast‖²
-        inner = (torch.einsum("bskp,sckp->bscp", rest, contrast)
-                 @ masks.flatten(1).T)                                          # B × 4 × 6 × T
-        error = (rest ** 2).sum((2, 3))[:, :, None, None] - 2 * inner + norms
+        # With rest = picture − scene and contrast = colour − scene,
+        # ‖rest − mask·contrast‖² = ‖rest‖² − 2⟨mask, rest·contrast⟩ + ‖mask·contrast‖².
+        rest = chunk.flatten(2)[:, None] - backgrounds                          # B × 4 × 3 × 1024
+        # ⟨mask, rest·contrast⟩ = colour·⟨mask, rest⟩ − ⟨mask, rest·scene⟩: each mask meets seven
+        # maps a picture and not one for each scene and colour.
+        masked = (chunk.flatten(2) @ flat.T)[:, None] - backgrounds @ flat.T    # B × 4 × 3 × T
+        inner = colours @ masked - ((rest * backgrounds).sum(2) @ flat.T)[:, :, None]
+        error = (rest ** 2).sum((2, 3))[:, :, None, None] - 2 * inner + _template_norms()
         least, index = error.flatten(1).min(1)
         scene, colour, template = torch.unravel_index(index, error.shape[1:])
+        difference = (chunk - draw(template, colour, scene)).square().mean(1)   # B × 32 × 32
+        # Away from the outline the mask does not change within two pixels.
+        mask = masks[template][:, None]
+        largest = F.max_pool2d(mask, 5, stride=1, padding=2)
+        smallest = -F.max_pool2d(-mask, 5, stride=1, padding=2)
+        inside = (largest == smallest)[:, 0]
+        error_inside = (difference * inside).sum((1, 2)) / inside.sum((1, 2))
         for key, value in zip(result, (shapes[template], colour, scene,
-                                       (least.clamp(min=0) / chunk[0].numel()).sqrt()),
-                              strict=True):
+                                       (least.clamp(min=0) / chunk[0].numel()).sqrt(),
+                                       error_inside.sqrt()), strict=True):
             result[key].append(value)
     return {key: torch.cat(values) for key, values in result.items()}
 
@@ -142,10 +154,12 @@ def measure(pictures, captions):
     """What the reader finds, for pictures [B, 3, 32, 32] and caption indices [B]
     with n pictures for each caption.
 
-    Returns per-picture tensors correct [B] and usual [B] (0/1) and per-caption scene_entropy [B/n].
+    Returns per-picture tensors correct, usual, speckled (0/1) and read_error, [B] each, and
+    per-caption scene_entropy [B/n].
     """
     seen, shape = read(pictures), captions // len(COLOURS)
     correct = (seen["shape"] == shape) & (seen["colour"] == captions % len(COLOURS))
     by_caption = torch.stack([seen["scene"][captions == c] for c in captions.unique()])
     return {"correct": correct.float(), "usual": (seen["scene"] == shape).float(),
-            "scene_entropy": scene_entropy(by_caption), "read_error": seen["error"]}
+            "scene_entropy": scene_entropy(by_caption), "read_error": seen["error"],
+            "speckled": (seen["error_inside"] > SPECKLED).float()}

@@ -124,7 +124,7 @@ def test_a_real_model_goes_from_training_to_the_table(real, tmp_path, capsys):
     prompts.write_text('an old cat\n{"prompt": "a red ../fox"}\n')
     argv = [str(word) for word in [
         "--model", real.base, "--checkpoint", real.stage1, real.stage2, "--prompts", prompts,
-        "--samples-per-prompt", 2, *meters(tmp_path), "--out", out]]
+        "--samples-per-prompt", 2, "--teacher", "all", *meters(tmp_path), "--out", out]]
     sampler.main(["--checkpoint", str(real.stage2), "--prompts", str(prompts), "--num-images", "3",
                   "--out", str(tmp_path / "grid.png")])
     with Image.open(tmp_path / "grid.png") as picture:    # two pixels of white around each

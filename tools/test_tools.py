@@ -40,7 +40,8 @@ def rows(accuracy, entropy, distance):
             found.append({"name": claims.row_name(variant, seed, "runs"), "nfe_blocks": 2.0,
                           "frechet_to_teacher": distance[variant],
                           "by_prompt": {"right": 24 * [accuracy[variant]],
-                                        "scene_entropy": 24 * [entropy[variant]]}})
+                                        "scene_entropy": 24 * [entropy[variant]],
+                                        "read_error": 24 * [0.05], "speckled": 24 * [0.1]}})
     return found
 
 
