@@ -67,7 +67,7 @@ class Settings:
                                      low=2, high=4096)
     batch_size: int = option(None, "images at a time (tiny: 128, others: 4)", low=1, high=10_000)
     teacher: str = option("alpha", "its rows: alpha = the one that Fréchet distances are taken to; "
-                          "all = also guided everywhere, unguided and in few steps, minutes on a CPU",
+                          "all = also guided everywhere, unguided, in few steps (slow)",
                           choices=("alpha", "all", "no"))
     alpha: float = option(0.94, "the teacher's alpha: Fréchet distances are taken to it, whatever "
                           "a run was trained with [paper, second hand]", low=0, high=1)

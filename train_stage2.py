@@ -111,8 +111,6 @@ def resolve(settings):
     settings.init = str(Path(settings.init or f"runs/{Path(preset.name).name}-stage1"))
     if settings.discriminator:
         preset = dataclasses.replace(preset, discriminator=settings.discriminator)
-    if settings.cached_blocks == "none" or settings.no_compensation:
-        settings.warmup = 0                               # there is no f to warm up
 
     # Where to start: a Stage I run of the same base model.
     if settings.dry_run and not Path(settings.init).exists():   # before Stage I has run
@@ -361,7 +359,7 @@ def main(argv):
             # Warm-up [paper, second hand]: f alone. Otherwise the student would adapt to errors
             # that f, which still is plain reuse, will soon remove by itself.
             learners = of_generator
-            if i <= settings.warmup:                      # this one included [official]
+            if f is not None and i <= settings.warmup:    # this one included [official]
                 learners = [optimizers["compensation"]]
             norm = clip_and_step(learners, CLIP_GENERATOR)
         metrics["norm_d" if turn == "discriminator" else "norm_g"] = norm
