@@ -135,7 +135,7 @@ def trainings(name, seed, root):
         line = f"train_stage2.py --seed {seed} --init {init} --out {out}{stage2}"
         # References are the teacher's, alike for one seed, α and w. To make them takes a third of a
         # run: so the default makes them for the others.
-        if stage2 and not stage1:
+        if stage1 or stage2:
             line += f" --references-from {folder('stage2')}"
         runs.append((out, line))
     return runs
