@@ -13,9 +13,29 @@ Conventions of the whole project (rectified flow):
 Dimension key: B batch, C latent channels, H W latent size. Latents are [B, C, H, W] and fp32,
 sigmas are [B] (or one number) and fp32.
 
-Only Eq. 4 has a known number in the paper. Elsewhere a comment names the part, the figure or the
-official function. Constants carry their origin: [paper] ("second hand": quoted by others),
-[official] (the released code's value) or [ours]. "Deviation n" is an entry of docs/DEVIATIONS.md.
+Only Eq. 4 has a known number in the paper; elsewhere a part or a figure is named. With the paper in
+hand, find here what computes it, and in test_all.py what pins it (`pytest test_all.py -k NAME`):
+
+    paper, or official file       function                             NAME of the test
+    Eq. 4                         guidance_weight, guide               guidance
+    overview figure, Stage I      train_stage1.fake_score_turn,        turn_of_stage_one
+                                    student_turn
+    ... add noise to t            renoise, step_end, judged_between    renoising, judged
+    ... plot "function-c"         importance_curve, draw_sigma         importance, share_of_draws
+    ... L_dmd                     dmd_loss                             score_difference
+    overview figure, Stage II     train_stage2.last_step,              discriminator_turn,
+                                    discriminator_turn, generator_turn   generator_turn
+    cache figure: Δ0, reuse       cache.CachedSD3                      cached_step
+    cache figure: f               cache.Compensation                   f_is_its_formula
+    Table 1: NFE                  cache.nfe                            papers_numbers
+    official processor.py         shift_sigma, sampler.sigma_grid      sigma_grid
+    official train_stage1.py      fake_score_loss, dmd_loss_official   fake_score_loss, huber
+    official train_stage2.py      train_stage2.turn_of                 turns_are
+    official model/D.py           model.Discriminator and              discriminator_is,
+                                    the losses of Stage II               adversarial_losses
+
+Constants carry their origin: [paper] ("second hand": quoted by others), [official] (the released
+code's value) or [ours]. "Deviation n" is an entry of docs/DEVIATIONS.md.
 """
 
 import torch
@@ -237,8 +257,8 @@ def fake_score_loss(v, x, x0, sigma):
     v is the fake score's velocity at x [B, C, H, W], the re-noised sample at sigma [B]; x0 is the
     student's guess x̂0.
     """
-    # From x_σ the velocity (x_σ − x̂0)/σ leads straight to x̂0. In bf16 this quotient would be 5 %
-    # off at σ = 0.03 and 59 % at 0.003, hence fp32.
+    # From x_σ the velocity (x_σ − x̂0)/σ leads straight to x̂0. Were the latents bf16, the quotient
+    # would be 5 % off at σ = 0.03 and 59 % at 0.003. So they stay fp32.
     assert x.dtype == x0.dtype == torch.float32, "latents stay in fp32"
     target = (x - x0) / to_shape(sigma, x)
     return F.mse_loss(v.float(), target)

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import evaluate
+import losses
 import model
 import sampler
 import train_stage1
@@ -322,6 +323,16 @@ def test_a_step_is_judged_between_its_own_ends_and_the_x0_form_at_all_levels():
     assert high.tolist() == [1, 0.75] and low.tolist() == step_end(k, sigmas).tolist() == [0.75, 0]
     high, low = judged_between(k, sigmas, "x0")
     assert high.tolist() == [1, 1] and low.tolist() == step_end(k, sigmas, "x0").tolist() == [0, 0]
+
+
+def test_the_table_of_equations_names_tests_that_exist():
+    """The one on top of losses.py. Catches a test that was renamed."""
+    tests = [name for name in globals() if name.startswith("test_")]
+    before, table = losses.__doc__.split("NAME of the test\n")
+    column = len(before.splitlines()[-1])
+    for line in table.split("\n\n")[0].splitlines():
+        for name in line[column:].strip(" ,").split(", "):
+            assert any(name in test for test in tests), name
 
 
 def test_the_students_gradient_is_the_score_difference():
