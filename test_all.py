@@ -1493,11 +1493,12 @@ def test_a_mistake_is_one_line_before_anything_is_written(
 def test_a_dry_run_tells_what_it_costs_and_writes_nothing(tmp_path, monkeypatch, capsys):
     """SD3-Medium without a download. Catches a plan that needs the gated weights."""
     monkeypatch.chdir(tmp_path)
-    train_stage1.main(["--model", "sd3-medium", "--dry-run"])
+    train_stage1.main(["--model", "sd3-medium", "--gradient-checkpointing", "--dry-run"])
     train_stage2.main(["--model", "sd3.5-large", "--dry-run"])
     text = capsys.readouterr().out
-    assert "2.03 billion parameters" in text and "= 64.9 GB" in text
-    assert "8.06 billion parameters" in text and not list(tmp_path.iterdir())
+    assert "2.03 billion parameters" in text and "= 64.9 GB" in text and "13 passes" in text
+    assert "8.06 billion parameters" in text and "2.22807 passes" in text
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_that_is_random_comes_from_its_key():

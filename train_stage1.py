@@ -225,9 +225,10 @@ def main(argv):
     print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
     if settings.dry_run:
         # Roll-out N, fake score and student 3 each (a backward pass counts two), teacher 2, fake
-        # score 1.
+        # score 1. Checkpointing runs the forward of both that learn a second time.
+        passes = settings.steps + 9 + 2 * settings.gradient_checkpointing
         print(cost(preset, config, shape, learning=2, frozen=1, samples=settings.batch_size,
-                   passes=settings.steps + 9))
+                   passes=passes))
         return
     run = Run(settings.out, {"stage": 1, **vars(settings), "latent_shape": shape}, device,
               settings.overwrite)

@@ -269,8 +269,9 @@ def main(argv):
         # The roll-out; every third turn, G's, a backward pass of the last step, which counts two.
         # The VAE and the discriminator's backbone come on top.
         last = nfe(2, span, config["num_layers"]) - 1
+        again = (2 + settings.gradient_checkpointing) * last / 3          # checkpointing: 3, not 2
         print(cost(preset, config, shape, learning=1, frozen=0, samples=settings.batch_size,
-                   passes=nfe(steps, span, config["num_layers"]) + last * 2 / 3))
+                   passes=nfe(steps, span, config["num_layers"]) + again))
         return
     run = Run(settings.out, {"stage": 2, **vars(settings), "latent_shape": shape, "steps": steps,
                              "alpha": stage1["alpha"], "guidance": stage1["guidance"]}, device,
