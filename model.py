@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 
 from run import (UserError, any_process, fill_in, full_state, is_main, load_full, newest_student,
-                 processes, rng, save_tensors, save_whole)
+                 processes, rng, save_tensors, save_whole, writing)
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -523,7 +523,8 @@ def save_transformer(net, folder, half, lora_rank=None):
         merge_lora(plain)                                 # in place: hence the copy above
     if half:
         plain.half()
-    save_whole(folder, plain.save_pretrained)
+    with writing(folder, sum(tensor.nbytes for tensor in plain.state_dict().values())):
+        save_whole(folder, plain.save_pretrained)
 
 
 def merge_lora(net):
@@ -738,6 +739,12 @@ def encode_prompts(preset, texts, device):
     config = CachedSD3.load_config(preset.source, subfolder="transformer")
     empty = empty_transformer(config)                     # encode_prompt reads its config alone
     pipe = load_pipeline(preset, frozen_dtype(device), transformer=empty, vae=None)
+    if pipe.tokenizer_3:
+        lengths = [len(ids) for ids in pipe.tokenizer_3(texts).input_ids]
+        cut = sum(length > preset.text_length for length in lengths)
+        if cut:
+            print(f"{cut} of {len(texts)} prompts have more than T5's {preset.text_length} tokens; "
+                  "their ends are cut off")
     for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if encoder is not None:
             encoder.to(device)

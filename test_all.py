@@ -1423,6 +1423,10 @@ def test_gradients_are_clipped_by_one_norm_of_all_learners():
         assert torch.allclose(-weight.data, 2 / 5 * grad) and weight.grad is None
 
 
+def raise_full(*_):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch, capsys):
     """The disk fills while the second checkpoint is written: one line, exit code 1, the first one
     is whole, and the same command ends as the undisturbed run."""
@@ -1442,6 +1446,13 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     assert "checkpoint-000002" in line and " MB)" in line
     assert [folder.name for folder in run.checkpoints(out)] == ["checkpoint-000001"]
     monkeypatch.setattr(run, "save_file", save)
+    # And while the result is written, which is not ours to write.
+    with monkeypatch.context() as patch:
+        patch.setattr(SD3Transformer2DModel, "save_pretrained", raise_full)
+        with pytest.raises(SystemExit):
+            train_stage1.main(argv)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"cannot write {out}/student (" in line and " MB)" in line
     train_stage1.main(argv)
     assert same(weights(finished), weights(out)) and metrics(finished) == metrics(out)
 

@@ -33,8 +33,9 @@ NARROW = {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection
           "joint_attention_dim": 32, "pooled_projection_dim": 32, "pos_embed_max_size": 8}
 COMMON = ["--batch-size", 2, "--pool", 4, "--iterations", 2, "--checkpoint-every", 1]
 WORDS = {train_stage1: [*COMMON, "--log-every", 1],
-         train_stage2: [*COMMON, "--cached-blocks", "0-1", "--references", 4, "--warmup", 0,
-                        "--compensation-lr", 1e-2]}
+         # Turns G (of f alone), D, D, G: D_ONLY is 0 in these tests.
+         train_stage2: [*COMMON, "--iterations", 4, "--cached-blocks", "0-1", "--references", 4,
+                        "--warmup", 0, "--compensation-lr", 1e-2]}
 
 
 # Compiling looks at attributes that torch warns of; here a warning would be an error.
@@ -143,6 +144,12 @@ def test_a_real_model_goes_from_training_to_the_table(real, tmp_path, capsys):
         assert picture.height == 10 * 66 and picture.width > 4 * 66
 
 
+def test_prompts_that_are_cut_off_are_counted(real, capsys):
+    """Catches a long prompt whose end nobody reads, and nobody says so."""
+    model.encode_prompts(model.find_preset(str(real.base)), ["a fox", "a fox " * 300], CPU)
+    assert "1 of 2 prompts have more than T5's 256 tokens" in capsys.readouterr().out
+
+
 class Stranger:
     """Runs code of our pages as somebody who has the stock libraries and an uploaded run folder,
     without our code on the path."""
@@ -171,8 +178,8 @@ def test_a_published_run_loads_by_its_model_card(dtype, real, tmp_path, monkeypa
     """The card's own lines on what an upload holds. Catches a snippet that is not what training
     took for granted, a scheduler of other sigmas, a file that the code needs and nobody uploads."""
     stranger = Stranger(real, tmp_path / "uploaded", monkeypatch)
-    assert not {path.name for path in stranger.folder.iterdir()} & {
-        "checkpoint-000001", "checkpoint-000002", "references.safetensors"}
+    names = [path.name for path in stranger.folder.iterdir()]
+    assert "references.safetensors" not in names and "checkpoint" not in " ".join(names)
     x = sampler.image_noise(42, [0], SHAPE)
     names = {"more": {"latents": x.to(getattr(torch, dtype)), "output_type": "pt"}}
     stranger.run(stranger.card, dtype, names,
@@ -183,7 +190,7 @@ def test_a_published_run_loads_by_its_model_card(dtype, real, tmp_path, monkeypa
     with torch.no_grad():
         latents, _, _ = sampler.roll_out(student, x, prompt, sampler.sigma_grid(2), span, f)
         error = names["image"] - model.Decoder(real.preset, CPU)(latents[-1]).clamp(0, 1)[0]
-    assert error.abs().max() < {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}[dtype]
+    assert error.abs().max() < {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.01}[dtype]
 
 
 def python_of(page):
@@ -372,7 +379,7 @@ def test_lora_is_merged_into_a_stock_folder(real, tmp_path):
     assert all("lora_" in name for name in pulls(out) if "blocks" in name)
     adapted = model.load_transformer(real.preset)
     model.add_lora(adapted, 2, seed=1)
-    adapted.load_state_dict(load_file(out / "checkpoint-000002" / "student.safetensors"))
+    adapted.load_state_dict(load_file(out / "checkpoint-000004" / "student.safetensors"))
     merged = SD3Transformer2DModel.from_pretrained(out / "student", torch_dtype=torch.float32)
     run.write_json(out / "settings.json", run.read_settings(out) | {"finished": 0})
     noise = sampler.image_noise(0, [0], SHAPE)
