@@ -126,13 +126,13 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):
     # Counted, because "28×2" is a claim: with α some of the 56 passes are never run.
     passes = 0
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
-        # Above α the layout is decided, without guidance, so that layouts stay varied. One σ holds
-        # for all samples here, so the unconditional pass can be saved.
+        # Above α nothing is guided, so that layouts stay varied. One σ holds for all samples here,
+        # so the unconditional pass can be saved.
         if guidance_weight(sigma, w, alpha) == 1:
             v, _ = velocity(teacher, x, sigma, prompt)
             passes += 1
         else:
-            # Below α details are painted, with guidance: two passes.
+            # At α and below guidance is on: two passes.
             v = guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha)
             passes += 2
         x = euler(x, v, sigma, sigma_next)
