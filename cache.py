@@ -6,8 +6,9 @@ In step one the residual of a span of blocks n..m is recorded, of the image and 
                                  the steps from 0, as in the paper: 0 is step one
 In step two the span is skipped, and a small MLP f for each stream makes from Δ0 what is added:
     O_m,1 = I_n,1 + f(Δ0)        f(x) = x + W2·GELU(W1·LayerNorm(x))
-No loss asks f for a forecast of step two's own residual: it is trained for the picture that comes
-out. In the miniature f(Δ0) is no nearer to that residual than Δ0 is, and the pictures are better.
+f is trained on the picture that comes out; no loss asks it for step two's own residual. In the
+miniature f(Δ0) is no nearer to that residual than Δ0 is, and the pictures are better (part 4 of
+docs/walkthrough.ipynb).
 
 This file holds f, the transformer's forward written out with the span in it (CachedSD3), and an
 adapter that takes the cached path inside a stock pipeline (BlockCache). It imports nothing of ours,
@@ -75,15 +76,15 @@ class CachedSD3(SD3Transformer2DModel):
     """Stable Diffusion 3's transformer (MMDiT) with its forward written out and the cache in it.
 
     Weights, sub-modules and config are the stock class's; only forward is ours, equal to the stock
-    one bit for bit when span is None. All transformers that run here are of this class; saved
-    folders are stock folders (model.save_transformer).
+    one bit for bit when span is None. All transformers that the scripts run are of this class;
+    saved folders are stock folders (model.save_transformer).
 
     What an MMDiT is: two streams of tokens, image and text, with weights of their own, that meet in
     the attention of every block. A block takes (image, text, temb) and returns (text, image): each
     stream plus what the block added to it. temb is one vector for each sample, made of the timestep
     and the pooled prompt; it scales and shifts the streams inside every block. The last block
-    returns no text: nothing reads it any more. So a span must end before the last block: there is
-    no text stream to add to, and no later block could correct what was reused.
+    returns no text, since nothing reads it. So a span must end before the last block: there Δ0
+    would have no text stream to be added to, and no later block could correct what was reused.
     """
 
     def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
@@ -116,13 +117,13 @@ class CachedSD3(SD3Transformer2DModel):
                 # I_n: what goes into the span. In step two it is up to date, because the blocks
                 # before the span have run.
                 image_in, text_in = image, text
-            if reuse and first <= i <= last:
-                if i == last:
+                if reuse:
                     # O_m,1 = I_n,1 + f(Δ0): only the span's own contribution is borrowed from step
-                    # one, and f corrects it for step two.
+                    # one, and f corrects it for step two. f is fp32, the streams may be bf16.
                     added = apply_compensation(f, delta)
                     image = image_in + added[0].to(image.dtype)           # B×T×D
                     text = text_in + added[1].to(text.dtype)              # B×L×D
+            if reuse and first <= i <= last:
                 continue
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 # Keeps the block's inputs only and runs it again in backward: less memory, a third
@@ -177,7 +178,7 @@ class SamplePath(threading.local):
 
 
 class BlockCache:
-    """The cached path inside a stock StableDiffusion3Pipeline, in three lines:
+    """The cached path inside a stock StableDiffusion3Pipeline:
 
         cache = BlockCache(pipe.transformer, (1, 4), f)
         pipe("a red circle", sigmas=[1.0, 0.5], num_inference_steps=2, guidance_scale=1.0,
@@ -200,6 +201,7 @@ class BlockCache:
         if not isinstance(transformer, SD3Transformer2DModel):
             raise ValueError("a block cache needs an SD3Transformer2DModel as it is, not "
                              f"{type(transformer).__name__} (compile its blocks, not the whole)")
+        # Is forward still the method of its class?
         if getattr(transformer.forward, "__func__", None) is not type(transformer).forward:
             raise ValueError("this transformer's forward was replaced: remove() the other cache "
                              "first; make the cache before the pipeline is offloaded")
@@ -211,7 +213,7 @@ class BlockCache:
     def remove(self):
         """Takes the cache off: the transformer is the stock one again. Nothing happens when it is
         off already."""
-        if hasattr(self.transformer, "_old_forward"):
+        if hasattr(self.transformer, "_old_forward"):     # accelerate's: it offloads
             raise ValueError("remove the pipeline's offloading before the cache: "
                              "pipe.remove_all_hooks()")
         if self.transformer.__dict__.get("forward") is self:
@@ -220,7 +222,7 @@ class BlockCache:
 
     def forget(self):
         """Drops this thread's Δ0: its next call begins a new sample path."""
-        vars(self.path).clear()
+        vars(self.path).clear()                           # back to SamplePath's own values
 
     def __call__(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
                  block_controlnet_hidden_states=None, joint_attention_kwargs=None,

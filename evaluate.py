@@ -5,7 +5,7 @@
     python evaluate.py --checkpoint runs/a runs/b --samples-per-prompt 64 --out results/compare
     python evaluate.py --model sd3-medium --checkpoint RUN --prompts FILE --out results/medium
 
-Each row of the table is one way of making pictures: the teacher in 56 network evaluations, a run in
+Each row of the table is one way of making pictures: the teacher in 51 network evaluations, a run in
 1.67, that run without its cache. All rows sample the same prompts from the same start noises. Then
 a meter looks at the pictures; in the miniature world it is the exact reader (tiny/world.py):
 
@@ -21,8 +21,9 @@ a meter looks at the pictures; in the miniature world it is the exact reader (ti
     frechet_to_data      the same from freshly drawn pictures
 
 Real models have CLIP score, PickScore and LPIPS instead of the first five (tools/real_metrics.py).
-Seconds count sampling and decoding, not the text encoders; speedup is against the teacher's 28 × 2.
-Brackets are 95 % intervals over prompts. Read main() first: it goes through all this in order.
+Seconds count sampling and decoding, not the text encoders; speedup is against the teacher's 28 × 2
+(--teacher all). Brackets are 95 % intervals over prompts. Read main() first: it goes through all
+this in order.
 
 Dimension key: P prompts, n pictures for each, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """
@@ -180,7 +181,7 @@ class Measured:
     """What a meter finds in the pictures of one row: by_prompt {name: [P]}, features [P, n, F].
 
     groups yields the pictures [n, 3, H, W] of each prompt in turn, so they need not fit in memory.
-    The first four of up to four prompts are kept for the picture: shown, a list of [4, 3, H, W].
+    Four pictures each of at most four prompts are kept to be shown: a list of [4, 3, H, W].
     """
 
     def __init__(self, groups, texts, meter):
@@ -257,7 +258,7 @@ class Rows:
                 waiting = waiting[self.n:]
 
     def add_data(self):
-        """The miniature's own pictures of the captions, freshly drawn."""
+        """The miniature's own pictures of the captions, freshly drawn. Returns their Measured."""
         # What would a perfect model get? Not the world's own entropy: with only n samples a caption
         # the measured one is lower. This row is the mark to compare with.
         captions = torch.tensor([CAPTIONS.index(text) for text in self.texts])
@@ -266,11 +267,13 @@ class Rows:
         self.measured.append(Measured(pictures.split(self.n), self.texts, self.meter))
         self.rows.append({"name": "data", "recipe": {}, "steps": None, "nfe_blocks": None,
                           "nfe_flops": None, "seconds_per_image": None})
+        return self.measured[-1]
 
     def add_teacher(self, w, alpha, steps):
-        """The teacher's rows; w and steps are the first run's."""
+        """The teacher's rows; w and steps are the first run's. Returns the Measured of the first
+        row, to which Fréchet distances are taken."""
         stock, own = teacher_sigmas(self.preset), sigma_grid(steps)
-        # First the teacher that Stage I learns from: Fréchet distances are taken to this row.
+        # First the teacher that Stage I learns from.
         paths = [(f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha)]
         if self.settings.teacher == "all":
             # What goes wrong without the paper: guided everywhere, its layouts collapse; without
@@ -289,6 +292,7 @@ class Rows:
             recipe = {"steps": len(guided), "guidance": guidance, "alpha": a, "span": None,
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             self.add(name, recipe, (passes, passes), sample)
+        return self.measured[-len(paths)]
 
     def add_run(self, folder, run, stage2_span):
         """A run's rows, one for each of its paths. stage2_span, as text, is what the Stage II of a
@@ -309,7 +313,8 @@ class Rows:
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             for key in ("stage", "finished", "steps", "guidance", "alpha"):
                 recipe[key] = run[key]
-            # f counts in every row with a span, though plain reuse and skipping go without it.
+            # f, 0.02 of an evaluation, counts in every row with a span, though plain reuse and
+            # skipping go without it: one number for all cached rows.
             count = count_nfe(self.preset, span, run["steps"])
             self.add(folder.name + suffix, recipe, (count["blocks"], count["flops_with_f"]), sample)
 
@@ -432,10 +437,11 @@ def main(argv):
 
     # ------------------------------------------------------------- sample and measure, row by row
     sampled = Rows(settings, preset, texts, leader["latent_shape"], device, meter)
+    data = teacher = None
     if tiny_world:
-        sampled.add_data()
+        data = sampled.add_data()
     if settings.teacher != "no":
-        sampled.add_teacher(leader["guidance"], settings.alpha, leader["steps"])
+        teacher = sampled.add_teacher(leader["guidance"], settings.alpha, leader["steps"])
     # A Stage I run is also shown with the span that its Stage II run, if there is one, skips.
     spans = {}                                            # {name of the Stage I run: span as text}
     for run in runs.values():
@@ -444,9 +450,6 @@ def main(argv):
     for folder, run in runs.items():
         sampled.add_run(folder, run, spans.get(folder.name))
     rows, measured = sampled.rows, sampled.measured
-    # Rows lie in the order in which they were added: the data, the α-guided teacher, the others.
-    data = measured[0] if tiny_world else None
-    teacher = measured[int(tiny_world)] if settings.teacher != "no" else None
     slowest = None                                        # seconds of the paper's baseline, 28 × 2
     for row in rows:
         if row["nfe_blocks"] == 2 * TEACHER_STEPS:

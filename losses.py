@@ -6,33 +6,38 @@ The loops that put these functions together are train_stage1.py and train_stage2
 
 Conventions of the whole project (rectified flow):
     x_σ = (1 − σ)·x0 + σ·ε       σ in [0, 1]; σ = 1 is noise, σ = 0 is the picture's latent
-    v   = ε − x0                 what the network predicts; it points from data to noise
+    v   = ε − x0                 what the network predicts; it points from the picture to noise
     x0  = x_σ − σ·v              so one answer of the network is also a guess of the picture: x̂0
     timestep = 1000·σ            what the network is told (model.velocity does it)
 
 Dimension key: B batch, C latent channels, H W latent size. Latents are [B, C, H, W] and fp32,
 sigmas are [B] (or one number) and fp32.
 
-Only Eq. 4 has a known number in the paper; elsewhere a part or a figure is named. With the paper in
-hand, find here what computes it, and in test_all.py what pins it (`pytest test_all.py -k NAME`):
+Of the paper's equations only Eq. 4's number is known; elsewhere a part or a figure is named. With
+the paper in hand, find here what computes it, and the test in test_all.py that pins it
+(`pytest test_all.py -k NAME`):
 
-    paper, or official file       function                             NAME of the test
-    Eq. 4                         guidance_weight, guide               guidance
-    overview figure, Stage I      train_stage1.fake_score_turn,        turn_of_stage_one
-                                    student_turn
-    ... add noise to t            renoise, step_end, judged_between    renoising, judged
-    ... plot "function-c"         importance_curve, draw_sigma         importance, share_of_draws
-    ... L_dmd                     dmd_loss                             score_difference
-    overview figure, Stage II     train_stage2.last_step,              discriminator_turn,
-                                    discriminator_turn, generator_turn   generator_turn
-    cache figure: Δ0, reuse       cache.CachedSD3                      cached_step
-    cache figure: f               cache.Compensation                   f_is_its_formula
-    Table 1: NFE                  cache.nfe                            papers_numbers
-    official processor.py         shift_sigma, sampler.sigma_grid      sigma_grid
-    official train_stage1.py      fake_score_loss, dmd_loss_official   fake_score_loss, huber
-    official train_stage2.py      train_stage2.turn_of                 turns_are
-    official model/D.py           model.Discriminator and              discriminator_is,
-                                    the losses of Stage II               adversarial_losses
+    paper, or official file      function                           NAME of the test
+    Eq. 4                        guidance_weight, guide             guidance
+    overview figure, Stage I     train_stage1.fake_score_turn       turn_of_stage_one
+                                 train_stage1.student_turn          turn_of_stage_one
+      "add noise to t"           renoise                            renoising
+      "function-c"               importance_curve                   importance
+                                 draw_sigma                         share_of_draws
+      L_dmd                      dmd_loss                           score_difference
+    overview figure, Stage II    train_stage2.discriminator_turn    discriminator_turn
+                                 train_stage2.generator_turn        generator_turn
+    cache figure, Δ0             cache.CachedSD3                    cached_step
+      f                          cache.Compensation                 f_is_its_formula
+      reuse error                tools/find_span.py                 (tools/test_tools.py)
+    Table 1, NFE                 cache.nfe                          papers_numbers
+    official processor.py        sampler.sigma_grid                 sigma_grid
+                                 step_end, judged_between           judged
+    official train_stage1.py     fake_score_loss                    fake_score_loss
+                                 dmd_loss_official                  huber
+    official train_stage2.py     train_stage2.turn_of               turns_are
+    official model/D.py          model.Discriminator                discriminator_is
+                                 the losses of Stage II             adversarial_losses
 
 Constants carry their origin: [paper] ("second hand": quoted by others), [official] (the released
 code's value) or [ours]. "Deviation n" is an entry of docs/DEVIATIONS.md.
@@ -104,11 +109,11 @@ def guidance_weight(sigma, w, alpha):
     wants another rule changes this function and nothing else.
     """
     # At high noise the layout begins. Guidance there pulls every sample to the most likely layout,
-    # long before the guess x̂0 shows any (measured in docs/RESULTS.md). The student, which only sees
-    # the guided teacher, never learns another one. Off at high noise, on below: the layouts stay
-    # varied and the details still get their guidance.
+    # before the guess x̂0 shows one (docs/RESULTS.md). The student, which only sees the guided
+    # teacher, never learns another one. Off at high noise, on below: the layouts stay varied and
+    # the details still get their guidance.
     # α is compared with the shifted σ, inclusive, as in the official code (deviation 1: the paper's
-    # own t may be unshifted; 0.94 would then mean σ = 0.979).
+    # own t may be unshifted, and u = 0.94 is σ = 0.979).
     return torch.where(torch.as_tensor(sigma) <= alpha, w, 1.0)
 
 
@@ -142,8 +147,9 @@ def importance_curve(name):
     # Straight lines through four points: most weight at high noise, where structure is decided.
     # (How often each step is drawn is another matter: evenly, in train_stage1.draw_batch.)
     line = _interpolate(i, (0, 300, 500, 1000), (0.6, 1.3, 0.05, 0.001))  # [official]
-    # Then a Gaussian blur of 100 indices, cut off at 300 [official]. It acts on the logarithm: the
-    # weights span three orders of magnitude, and a plain blur would wash the small ones away.
+    # Then a Gaussian blur with a standard deviation of 100 indices, cut off at 300 [official]. It
+    # acts on the logarithm: the weights span three orders of magnitude, and a plain blur would wash
+    # the small ones away.
     offset = torch.arange(-300, 301, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offset / 100) ** 2)
     kernel = kernel / kernel.sum()
@@ -219,19 +225,20 @@ def dmd_loss(p, p_teacher, p_fake):
     """
     assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
     # Nobody can compute the divergence between the student's and the teacher's distributions. But
-    # its gradient is known: the fake score's answer minus the teacher's. So build a loss that has
-    # this gradient: pretend that the right answer was p + p_teacher − p_fake, and hold it fixed.
+    # its gradient is known: the fake score's answer minus the teacher's (docs/TEACHING.md derives
+    # it). So build a loss that has this gradient: pretend that the right answer was
+    # p + p_teacher − p_fake, and hold it fixed.
     # A descent step moves p to where the teacher points, and away from where the student already
     # is. The printed value is no distance to anything. Watch the gap |v_teacher − v_fake| instead,
     # which train_stage1.py logs.
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # Differences are small at low noise and large at high noise. Divide by the sample's mean
-        # distance to p_teacher, as DMD does: this evens the levels out. In step one the distance is
-        # nearly all fresh noise, the same for perfect samples as for the student's: 0.19 at σ =
-        # 0.76, 0.8 at 0.99 (miniature). At low noise it says how far there is to go: at σ = 0.1
-        # perfect samples have 0.04, the student's 0.21. One mean for each sample (deviation 3:
-        # official one for each image column).
+        # The difference grows with the way back from σ to σ_k+1, in step one by a factor of 24
+        # from end to end. So divide by the sample's mean distance to p_teacher, as DMD does: a
+        # factor of 6 is left. In step one this distance is nearly all fresh noise, alike for
+        # perfect samples and the student's. Only at low noise does it say how far the student has
+        # to go (docs/RESULTS.md). One mean for each sample (deviation 3: official one for each
+        # image column).
         scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
     return (0.5 * (p - target) ** 2 / scale).mean()
 
@@ -261,7 +268,7 @@ def fake_score_loss(v, x, x0, sigma):
     student's guess x̂0.
     """
     # From x_σ the velocity (x_σ − x̂0)/σ leads straight to x̂0. Were the latents bf16, the quotient
-    # would be 5 % off at σ = 0.03 and 59 % at 0.003. So they stay fp32.
+    # would be 5 % off at σ = 0.03 and 59 % at 0.003, the grid's lowest level. So they stay fp32.
     assert x.dtype == x0.dtype == torch.float32, "latents stay in fp32"
     target = (x - x0) / to_shape(sigma, x)
     return F.mse_loss(v.float(), target)

@@ -11,7 +11,8 @@ on the hub) with one sub-folder for each part:
     tokenizer, _2, _3  text to token numbers
 
 A prompt reaches the transformer as two tensors, and the code calls the pair `prompt`:
-    embeds [B, L, J]   one vector for each text token: 77 from both CLIPs side by side, 256 from T5
+    embeds [B, L, J]   one vector for each text token: 77 from the CLIPs, whose vectors are joined
+                       and padded with zeros to T5's width J, then 256 from T5
     pooled [B, P]      one vector for the whole prompt, from the two CLIPs
 Stock calls name them encoder_hidden_states and pooled_projections. The empty prompt "" gives the
 unconditional answer that guidance needs.
@@ -59,8 +60,8 @@ HERE = Path(__file__).resolve().parent
 
 # ================================================================== base models
 
-# The discriminator's backbone, and the state of its repository that has safetensors with the names
-# that transformers reads today.
+# The discriminator's backbone, and the revision of its repository whose tensors have the names that
+# transformers reads today.
 BACKBONE, BACKBONE_REVISION = "facebook/convnextv2-base-22k-224", "refs/pr/2"
 # What the evaluation looks at real models with (tools/real_metrics.py).
 CLIP = "openai/clip-vit-large-patch14"                            # [ours]
@@ -95,7 +96,7 @@ class Preset:
 
     @property
     def tokens(self):
-        """L, the text tokens of a prompt: 77 of CLIP and T5's, or the miniature's 8."""
+        """L, the text tokens of a prompt: 77 of CLIP and T5's, or the 8 of tiny/sd3's CLIPs."""
         return 8 if self.is_tiny else 77 + self.text_length
 
 
@@ -178,9 +179,9 @@ def find_preset(model):
 
 
 def check_base(preset, offline=False):
-    """(the transformer's config, pixels of a side for each latent pixel) of a base model: 8 for the
-    real models, 4 for tiny. UserError unless it is an SD3 transformer with SD3's schedule. Reads
-    configs alone, so a mistake costs nothing; offline, a preset's without a download."""
+    """(the transformer's config, factor) of a base model. A latent pixel is factor × factor pixels:
+    8 in the real models, 4 in tiny. UserError unless it is an SD3 transformer with SD3's schedule.
+    Reads configs alone, so a mistake costs nothing; offline, a preset's without a download."""
     if offline and preset.architecture:
         return preset.architecture, 8
     from diffusers import AutoencoderKL
@@ -489,7 +490,7 @@ def add_lora(net, rank, seed):
         from peft import LoraConfig
     except ImportError:
         raise UserError("--lora-rank needs peft: pip install peft") from None
-    # Of the skipped blocks these get no gradient in Stage II, so they stay as they are there.
+    # In skipped blocks LoRA gets no gradient in Stage II, and changes nothing.
     attention = ["to_q", "to_k", "to_v", "to_out.0",
                  "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]    # add_: the text stream
     feed_forward = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
@@ -576,13 +577,13 @@ class Decoder:
 
     def __init__(self, preset, device, checkpointing=False, compiled=False):
         from diffusers import AutoencoderKL
-        # On a GPU it is stored in bf16, half the memory; the eye sees no difference (in the
-        # miniature 0.26 of 255 levels on the mean).
+        # On a GPU it is stored in bf16: half the memory, and in the miniature 0.26 of 255 levels on
+        # the mean.
         self.vae = load_part(AutoencoderKL, preset.source, "vae", frozen_dtype(device))
         # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
         self.vae.to(device).requires_grad_(False)
-        # Compiled it needs 9.4 GB a picture of 1024² for its backward pass, and so can do without
-        # running again in backward (7.7 GB, but 1.8 times the seconds).
+        # A backward pass at 1024² takes 9.4 GB a picture compiled; checkpointed, which runs it a
+        # second time, 7.7 GB and 1.8 times the seconds.
         if compiled:
             self.vae.decoder.compile()
         elif checkpointing:
@@ -625,8 +626,9 @@ class Discriminator(torch.nn.Module):
     (Stage II; deviation 11).
 
     A frozen vision backbone sees edges, parts and objects; small heads, which alone learn, say
-    whether they look like a reference's. One head looks at each of the backbone's maps, one at the
-    last map's mean. The heads are not told the prompt [official].
+    whether they look like a reference's. One head looks at each of the backbone's maps (real
+    models four, tiny three), one at the last map's mean. The heads are not told the prompt
+    [official].
     """
 
     def __init__(self, preset, seed=0, width=64):
@@ -654,8 +656,9 @@ def load_backbone(source):
     from transformers import AutoConfig, ConvNextV2Backbone
     revision = BACKBONE_REVISION if source == BACKBONE else None
     with loading("the discriminator's backbone", source):
+        # All stages but the first name, which is the stem.
         levels = AutoConfig.from_pretrained(source, revision=revision).stage_names[1:]
-    # hidden_states_norms come new with a backbone, and its classifier is not needed. Anything else
+    # hidden_states_norms are new in a backbone, and its classifier is not needed. Anything else
     # must be there: older files name the weights of GRN gamma and beta, and transformers would
     # leave them at zero without a word.
     return load_part(ConvNextV2Backbone, source, None, torch.float32, out_features=levels,
@@ -688,7 +691,7 @@ class Prompts:
         if is_main() and not any(read_metadata(file) == about for file in files):
             embeds, pooled = encode_prompts(preset, everything, device)
             save_tensors(files[0], {"embeds": embeds, "pooled": pooled}, about)
-        any_process(False)                                # the others wait for the main one
+        any_process(False)                                # a barrier: the others wait here
         file = next(file for file in files if read_metadata(file) == about)
         encoded = load_file(file)                         # mapped into memory, not read
         self.embeds, self.pooled = encoded["embeds"], encoded["pooled"]

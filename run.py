@@ -1,5 +1,5 @@
-"""All that is not the method: the command line, randomness, processes, the run folder.
-Nothing here knows about diffusion; skip this file when you read beside the paper.
+"""All that is not the method: the command line, randomness, processes, the run folder, its model
+card. Skip this file when you read beside the paper.
 
 A run folder holds settings.json, prompts.safetensors, metrics.jsonl, samples/, the two newest
 checkpoint-NNNNNN/ and, at the end, the result: student/, a model card and what it needs. Everything
@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 KEEP = 2                        # [ours] how many checkpoints stay on disk while a run trains
 WAIT = timedelta(hours=2)       # [ours] for a process that writes a large checkpoint
-# Settings that a resumed run may change: they change no number beyond its last digits.
+# Settings that a resumed run may change. (Another device computes in another precision.)
 MAY_CHANGE = {"out", "iterations", "checkpoint_every", "sample_every", "log_every", "device",
               "no_compile", "overwrite", "debug", "dry_run"}
 
@@ -488,7 +488,7 @@ class Run:
         files = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
         if files and not before.keys() >= {"finished", "versions"}:
             raise UserError(f"{folder} exists and is not a run folder; give --out another name")
-        # What was stopped before there was anything to go on from may begin with other settings.
+        # A run without checkpoint, references or result may begin with other settings.
         begun = checkpoints(folder) or (self.folder / "references.safetensors").exists()
         if saved.exists() and (begun or (self.folder / "student").exists()) and not overwrite:
             differing = [f"{key} was {before.get(key)}, is {value}"

@@ -13,6 +13,7 @@ widths of the text embeddings (model.py).
 
 import dataclasses
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -36,8 +37,8 @@ COMMITTED = str(Path(__file__).resolve().parent / "tiny" / "student")    # the d
 def sigma_grid(steps):
     """The student's sigmas, fp32 [N + 1], from 1 (noise) to 0: two steps are 1, 0.75, 0; four are
     1, 0.9, 0.75, 0.5, 0 [official, shift 3]."""
-    # Equal steps in u, then the base model's shift: the first step, short in σ, decides what the
-    # paper calls structure; the last one, long in σ, fills in the details.
+    # Equal steps in u, then the base model's shift. The first step is short in σ and decides what
+    # the paper calls structure; the last one is long and fills in the details.
     u = 1 - torch.arange(steps + 1) / steps                               # N+1: 1, 0.5, 0
     return shift_sigma(u)                                                 # N+1: 1, 0.75, 0
 
@@ -45,10 +46,10 @@ def sigma_grid(steps):
 def stock_sigmas(steps):
     """What to pass as `sigmas` to the stock pipeline: [1.0, 0.5] for two steps."""
     # The stock scheduler shifts what it is given and adds the final 0 itself, so pass u, not σ.
-    # Never rely on num_inference_steps=2 alone. The scheduler then spreads two steps over all of
-    # its noise levels, from the highest, 1, to its lowest, 0.003 shifted to 0.0089: σ = 1, 0.0089,
-    # 0. So step one jumps from pure noise nearly to the picture, farther than it was trained to,
-    # and the picture is blurred.
+    # With the base's scheduler never rely on num_inference_steps=2 alone: it spreads two steps over
+    # all of its noise levels, from the highest, 1, to its lowest, 0.003 shifted to 0.0089: σ = 1,
+    # 0.0089, 0. So step one jumps from pure noise nearly to the picture, farther than it was
+    # trained to, and the picture is blurred. (A published run has its own scheduler.)
     return [round(1 - i / steps, 6) for i in range(steps)]
 
 
@@ -123,7 +124,7 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):
     Where the rule gives weight 1 only the conditional pass is run. So 28 steps cost 56 passes at
     α = 1, 51 at α = 0.94, and 28 at w = 1.
     """
-    # Counted, because "28×2" is a claim: with α some of the 56 passes are never run.
+    # Counted, for the tests: "28×2" is a claim, and with α some of the 56 passes are never run.
     passes = 0
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
         # Above α nothing is guided, so that layouts stay varied. One σ holds for all samples here,
@@ -168,8 +169,8 @@ class Gallery:
         if is_main():
             save_pictures(pictures, path, self.size)
         texts = [self.prompts.texts[row] for row in self.rows.tolist()]
-        if not self.tiny or set(texts) - set(CAPTIONS):
-            return {}
+        if not self.tiny or set(texts) - set(CAPTIONS) or len({*texts}) < len(texts):
+            return {}                                     # captions only, each of them once
         captions = torch.tensor([CAPTIONS.index(text) for text in texts])
         found = measure(pictures, captions.repeat_interleave(self.size))
         return {"right": found["correct"].mean(),
@@ -181,7 +182,7 @@ def save_pictures(pictures, path, columns):
     shown enlarged to about 96 pixels."""
     from PIL import Image
     h, w = pictures.shape[2:]
-    rows = -(-len(pictures) // columns)                   # rounded up
+    rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (w + 2), rows * (h + 2)), "white")
     pixels = (pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     for i, picture in enumerate(pixels.cpu().numpy()):

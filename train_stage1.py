@@ -7,7 +7,7 @@ noise.
 
 Three networks start from the base model: the frozen teacher, the student, and the fake score, which
 learns the distribution of the student's own samples. Each iteration (paper, Stage I; in the form of
-the official code, which matches each step within its own window of noise levels):
+the official code, which judges each step between its own two levels, the step's window):
   1. roll out    the student runs all its steps, without gradient
   2. fake score  learns by flow matching on the student's samples
   3. student     one of its steps, with gradient; the loss moves it to where the teacher points and
@@ -33,6 +33,7 @@ import dataclasses
 import itertools
 import time
 
+# First of all: run.py sets what torch reads while it is imported.
 from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, micro_batches,
                  my_rows, option, parse_settings, publish, rng)
 
@@ -67,7 +68,7 @@ class Settings(CommonSettings):
 
 
 # Every option above whose default is None takes its value from here.
-TINY = dict(                    # [ours] all by trial, so that a laptop does it in two minutes
+TINY = dict(                    # [ours] all by trial, so that a laptop does it in minutes
     iterations=220,
     batch_size=32,
     student_lr=1e-4,
@@ -141,7 +142,7 @@ def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     # still holds noise, so p is what has to be right. In the last step σ_k+1 is 0 and p is x̂0;
     # with --form x0 that is so in every step.
     x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
-    # The fake score learns which velocity leads from there to x̂0. So it comes to know where the
+    # The fake score learns which velocity leads from x at σ to x̂0. So it comes to know where the
     # student goes from each noise level, as the teacher knows it of real pictures.
     # It is never guided [official]: it must describe the student's samples as they are.
     v, _ = velocity(fake_score, x, sigma, prompt)
@@ -224,8 +225,9 @@ def main(argv):
     preset, device, texts, config, shape = resolve(settings)
     print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
     if settings.dry_run:
-        # Roll-out N, fake score and student 3 each (a backward pass counts two), teacher 2, fake
-        # score 1. Checkpointing runs the forward of both that learn a second time.
+        # Roll-out N; fake score and student learn with 3 each (a backward pass counts two); to
+        # judge, the teacher takes 2 and the fake score 1. Checkpointing runs the forward of both
+        # that learn a second time.
         passes = settings.steps + 9 + 2 * settings.gradient_checkpointing
         print(cost(preset, config, shape, learning=2, frozen=1, samples=settings.batch_size,
                    passes=passes))
@@ -319,8 +321,9 @@ def measure(gap, sigma, x0, sigmas, alpha):
     """What diagnoses a run (README: what you see while it trains), of the main process's rows: gap
     and sigma [B] of the student's turn, x0 [B, C, H, W] the end of its path."""
     metrics = {"gap": gap.mean().item()}
-    # |v_teacher − v_fake| by re-noise level: above α, where nobody is guided, the gap starts small.
-    # Other edges are 0.5 and the ends of the steps. A bin that holds no sample is null in the log.
+    # |v_teacher − v_fake| by re-noise level. The bins end at 0, 0.5, α, 1 and the steps' levels;
+    # one that holds no sample is null in the log. Above α, where nobody is guided, the gap starts
+    # small.
     edges = sorted({0.0, 0.5, alpha, 1.0, *sigmas.tolist()})
     for low, high in itertools.pairwise(edges):
         inside = (sigma > low) & (sigma <= high)

@@ -10,13 +10,13 @@ discriminator that looks at decoded pictures (paper, Stage II and cache figure; 
 train_stage2). Its real examples are references: synthetic pictures of the same prompt and noise, so
 no outside image is needed. The order of the script:
   1. references   made once, by the teacher
-  2. turns        0 to 50 are the discriminator's; then every third one, 51, 54, 57, 60 …, is the
-                  generator's; an iteration is one turn, as in the official code
-  warm-up         the generator's early turns move f alone, its later ones student and f
+  2. turns        0 to 50 are the discriminator's; then 51, 54, 57, 60 … are the generator's, all
+                  others the discriminator's. An iteration is one turn, as in the official code.
+                  The generator's early turns (the warm-up) move f alone, later ones student and f
 Gradient: in the discriminator's turns it reaches its heads alone. In the generator's it flows from
 the heads back through the frozen backbone and the frozen VAE into step two, that is into f and the
-blocks that ran there; not into the skipped blocks, Δ0 or step one. (Step one runs with the same
-weights, so it moves with them, and no loss looks at it [official].)
+blocks that ran there; not into the skipped blocks, Δ0 or step one. (Step one shares the weights, so
+it changes, too; no loss checks it [official].)
 
 Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],
 pictures [B, 3, 8H, 8W] (tiny: 4H, 4W) in [0, 1]. D and G: discriminator and generator.
@@ -64,7 +64,7 @@ class Settings(CommonSettings):
 
 # Every option above whose default is None takes its value from here; the span belongs to the base
 # model (model.PRESETS).
-TINY = dict(                    # [ours] all by trial, so that a laptop does it in three minutes
+TINY = dict(                    # [ours] all by trial, so that a laptop does it in minutes
     iterations=700,
     batch_size=32,
     student_lr=2e-5,            # the official rate is for LoRA; all weights here
@@ -86,10 +86,10 @@ SD3 = dict(
     checkpoint_every=100,       # [official]
     sample_every=200,           # [ours]
 )
-BETAS = (0.9, 0.95)             # [official] all three; [paper, second hand] too
+BETAS = (0.9, 0.95)             # [official] student, f and D; [paper, second hand] too
 WEIGHT_DECAY = 1e-4             # [official]
 CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly; D: none
-D_ONLY = 50                     # [official] no turn of G before this one; the first is 51
+D_ONLY = 50                     # [official] no turn of G before turn 50; 51 is the first by 3
 D_PER_G = 2                     # [official] turns of the discriminator for each of the generator
 
 
@@ -165,8 +165,9 @@ def discriminator_turn(discriminator, picture, reference):
     """The discriminator's loss, a scalar, and how often it ranks a reference above a picture
     (paper, Stage II). picture and reference are [B, 3, 8H, 8W], without gradient: only the heads
     learn here."""
-    # One pass for both, so that both are judged by the same weights: in train mode the power
-    # iteration of a spectral norm takes one step with every pass.
+    # One pass for both, so that both are judged by the same weights. A spectral norm divides by
+    # the layer's largest singular value and estimates it by power iteration; in train mode each
+    # pass takes one step of it.
     logits = discriminator(torch.cat([reference, picture]))               # heads × [2B, places]
     of_reference = [head[:len(reference)] for head in logits]
     of_picture = [head[len(reference):] for head in logits]
@@ -188,12 +189,12 @@ def generator_turn(discriminator, decode, latents):
 
 def draw_batch(i, settings, reference_prompts, texts):
     """Which noises and prompts iteration i takes, as numbers {"noise_number": [B], "prompt": [B]}:
-    this process's rows of the global batch. They depend on (seed, i) alone. reference_prompts [R]
-    are the references'."""
+    this process's rows of the global batch. They depend on (seed, i) alone. Noises 0 … R − 1 are
+    the references', with the prompts reference_prompts [R]; those from R on are fresh."""
     B, R = settings.batch_size, settings.references
     g = rng(settings.seed, i, "batch")
     if turn_of(i) == "discriminator":
-        # Noises 0 … R − 1 have a reference picture: same prompt, same noise (official).
+        # A reference picture has the same prompt and the same noise [official].
         number = torch.randint(R, (B,), generator=g)
         prompt = reference_prompts[number]
     else:
@@ -249,7 +250,7 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
         prompt, uncond = prompts.take(reference_prompts[part]), prompts.uncond(len(x))
         with torch.inference_mode():
             x, _ = sample_guided(maker, x, prompt, uncond, sigmas, w, stage1["alpha"])
-            # Decoded now, one by one: the picture of a 1024² latent costs more than a pass of the
+            # Decoded now, one by one: decoding a 1024² latent costs more than a pass of the
             # transformer, and D looks at each reference about 110 times (miniature: 20). Clamped
             # and 8-bit, as a picture in a file; the student's, which carry gradient, are not.
             decoded = torch.cat([decode(one) for one in x.split(1)]).clamp(0, 1) * 255
@@ -266,12 +267,12 @@ def main(argv):
     print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
     steps, shape = stage1["steps"], stage1["latent_shape"]
     if settings.dry_run:
-        # The roll-out; every third turn, G's, a backward pass of the last step, which counts two.
-        # The VAE and the discriminator's backbone come on top.
-        last = nfe(2, span, config["num_layers"]) - 1
-        again = (2 + settings.gradient_checkpointing) * last / 3          # checkpointing: 3, not 2
+        # The roll-out; in every third turn, G's, a backward pass of the last step, which counts
+        # two, with checkpointing three. The VAE and the discriminator's backbone come on top.
+        path, last_pass = (nfe(n, span, config["num_layers"]) for n in (steps, 2))
+        backward = (2 + settings.gradient_checkpointing) * (last_pass - 1)
         print(cost(preset, config, shape, learning=1, frozen=0, samples=settings.batch_size,
-                   passes=nfe(steps, span, config["num_layers"]) + again))
+                   passes=path + backward / 3))
         return
     run = Run(settings.out, {"stage": 2, **vars(settings), "latent_shape": shape, "steps": steps,
                              "alpha": stage1["alpha"], "guidance": stage1["guidance"]}, device,
@@ -326,6 +327,7 @@ def main(argv):
         turn = turn_of(i)
         draws = draw_batch(i, settings, reference_prompts, texts)
         parts = micro_batches(draws, settings.accumulation)
+        losses, ranks = [], []
         for part in parts:
             # ---- 1. the steps before the last, without gradient: the first in full, recording Δ0
             #      (with more than two steps those in between are cached)
@@ -344,14 +346,14 @@ def main(argv):
                 with torch.no_grad():
                     picture = decode(last_step(student, x, prompt, sigmas, span, delta, f))
                 reference = references[part["noise_number"]].to(device) / 255
-                loss, ranks = discriminator_turn(discriminator, picture, reference)
-                metrics |= {"loss_d": loss.item(), "d_ranks": ranks.item()}
+                loss, rank = discriminator_turn(discriminator, picture, reference)
+                ranks.append(rank)
             else:
                 # ---- 3. G: the same step, with gradient; no reference is needed
                 sample = last_step(student, x, prompt, sigmas, span, delta, f)
                 loss = generator_turn(discriminator, decode, sample)
-                metrics |= {"loss_g": loss.item()}
             (loss / len(parts)).backward()                # mean of parts = mean of the batch
+            losses.append(loss.detach())
 
         # ---- 4. one step of those whose turn it is
         if turn == "discriminator":
@@ -363,7 +365,10 @@ def main(argv):
             if f is not None and i <= settings.warmup:    # this one included [official]
                 learners = [optimizers["compensation"]]
             norm = clip_and_step(learners, CLIP_GENERATOR)
-        metrics["norm_d" if turn == "discriminator" else "norm_g"] = norm
+        who = "d" if turn == "discriminator" else "g"
+        metrics |= {f"loss_{who}": torch.stack(losses).mean().item(), f"norm_{who}": norm}
+        if ranks:
+            metrics["d_ranks"] = torch.stack(ranks).mean().item()
         # G's loss leaves gradients in the heads, and in the student during the warm-up: nobody may
         # take them into another turn.
         for optimizer in optimizers.values():
