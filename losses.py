@@ -233,9 +233,9 @@ def dmd_loss(p, p_teacher, p_fake):
     # which train_stage1.py logs.
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # The difference grows with the way back from σ to σ_k+1, in step one by a factor of 24
-        # from end to end. So divide by the sample's mean distance to p_teacher, as DMD does: a
-        # factor of 6 is left. In step one this distance is nearly all fresh noise, alike for
+        # The difference grows with the way back from σ to σ_k+1: in step one 24 times as long from
+        # σ = 0.99 as from 0.76. So divide by the sample's mean distance to p_teacher, as DMD does:
+        # a factor of 6 is left. In step one this distance is nearly all fresh noise, alike for
         # perfect samples and the student's. Only at low noise does it say how far the student has
         # to go (docs/RESULTS.md). One mean for each sample (deviation 3: official one for each
         # image column).

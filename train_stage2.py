@@ -47,7 +47,7 @@ class Settings(CommonSettings):
     init: str = option(None, "Stage I run to start from (default: runs/MODEL-stage1)")
     cached_blocks: str = option(None, "span of skipped blocks, first-last, or none")
     no_compensation: bool = option(False, "train with plain reuse of the residual, without f")
-    warmup: int = option(None, "iterations in which G's turns move f alone",
+    warmup: int = option(None, "G's turns up to this iteration move f alone",
                          low=0, high=999_999)
     reference: str = option("teacher", "who makes the references: the teacher, guided with alpha "
                             "[ours], or a Stage I run with more steps [official: 4]")
@@ -89,7 +89,7 @@ SD3 = dict(
 BETAS = (0.9, 0.95)             # [official] student, f and D; [paper, second hand] too
 WEIGHT_DECAY = 1e-4             # [official]
 CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly; D: none
-D_ONLY = 50                     # [official] no turn of G before turn 50; 51 is the first by 3
+D_ONLY = 50                     # [official] no turn of G before 50; the first multiple of 3 is 51
 D_PER_G = 2                     # [official] turns of the discriminator for each of the generator
 
 
@@ -269,10 +269,11 @@ def main(argv):
     if settings.dry_run:
         # The roll-out; in every third turn, G's, a backward pass of the last step, which counts
         # two, with checkpointing three. The VAE and the discriminator's backbone come on top.
-        path, last_pass = (nfe(n, span, config["num_layers"]) for n in (steps, 2))
-        backward = (2 + settings.gradient_checkpointing) * (last_pass - 1)
+        blocks = config["num_layers"]
+        last = nfe(2, span, blocks) - 1
+        backward = (2 + settings.gradient_checkpointing) * last
         print(cost(preset, config, shape, learning=1, frozen=0, samples=settings.batch_size,
-                   passes=path + backward / 3))
+                   passes=nfe(steps, span, blocks) + backward / 3))
         return
     run = Run(settings.out, {"stage": 2, **vars(settings), "latent_shape": shape, "steps": steps,
                              "alpha": stage1["alpha"], "guidance": stage1["guidance"]}, device,
