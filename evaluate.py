@@ -406,6 +406,23 @@ def save_grid(path, rows, measured):
     sheet.save(path)
 
 
+# What the default runs of eight training seeds gave in the default evaluation: mean ± standard
+# deviation; an AMD EPYC, 2026-11-29. On another kind of CPU training rounds otherwise and ends
+# elsewhere, as with another seed.
+EXPECTED = {
+    "tiny-stage1": "right @, scene_entropy @, frechet_to_teacher @",
+    "tiny-stage2": "right @, scene_entropy @, frechet_to_teacher @",
+}
+
+
+def expected(settings):
+    """Lines that say what to expect of this evaluation, if it is the default one."""
+    default = Settings(samples_per_prompt=32, batch_size=128, out=settings.out)
+    if settings != default:
+        return []
+    return [f"{name}, eight training seeds: {values}" for name, values in EXPECTED.items()]
+
+
 # ================================================================== command
 
 @command
@@ -469,7 +486,7 @@ def main(argv):
                                       "missing": meter.missing})
     write_text(out / "table.md", text + "\n")
     save_grid(out / "grid.png", rows, measured)
-    print(text)
+    print("\n".join([text, "", *expected(settings)]))
     for name, reason in meter.missing.items():
         print(f"{name}: not measured, {reason}")
     print(f"\n{n} samples for each of {len(texts)} prompts; {out}/results.json, {out}/grid.png")

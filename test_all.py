@@ -1215,6 +1215,15 @@ def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, t
     assert (tmp_path / "out" / "grid.png").exists() and "| finished2 |" in capsys.readouterr().out
 
 
+def test_the_default_evaluation_says_what_to_expect():
+    """Catches the reference of another protocol."""
+    argv = ["--samples-per-prompt", "32", "--batch-size", "128"]
+    settings = run.parse_settings(evaluate.Settings, argv, "", "")
+    assert len(evaluate.expected(settings)) == 2
+    settings.seed = 2
+    assert evaluate.expected(settings) == []
+
+
 def test_the_exact_reader_reads_what_was_drawn():
     """And says so of the right caption. Catches shape and colour exchanged, a distance that is not
     the nearest one's, and an outline counted as a speck."""
