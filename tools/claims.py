@@ -197,11 +197,10 @@ def interval(a, sign, b, rounds=2000):
     return combine(a.mean(), b.mean()).item(), low, high
 
 
-def brackets(value, low, high):
+def brackets(value, low, high, digits=2):
     """A value and its interval as text; a dash where they are not numbers (÷ an entropy of 0)."""
     if not math.isfinite(value + low + high):
         return "–"
-    digits = 4 if abs(value) < 0.05 else 2                # a read error is small
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -238,7 +237,8 @@ def report(name, rows, seeds, root):
         verdict = VERDICTS[1]
         if math.isfinite(low + high):
             verdict = VERDICTS[SIGNS[sense](low, bound) + SIGNS[sense](high, bound)]
-        lines.append(f"| {measure}: *{a}* {sign} *{b}* | {brackets(value, low, high)} | "
+        digits = {"read error": 4, "speckled": 3}.get(measure, 2)
+        lines.append(f"| {measure}: *{a}* {sign} *{b}* | {brackets(value, low, high, digits)} | "
                      f"{sense} {bound} | **{verdict}** |")
     return "\n".join(lines)
 
