@@ -195,19 +195,21 @@ EXPERIMENTS = HERE / "docs" / "experiments"
 
 
 def patched(name, folder):
-    """The file that NAME.diff changes, changed, in a folder that is a repository of its own."""
+    """The (first) file that NAME.diff changes, changed, in a folder that is its own repository."""
     diff = str(EXPERIMENTS / f"{name}.diff")
-    file, = re.findall(r"^\+\+\+ b/(\S+)", Path(diff).read_text(), re.M)
-    shutil.copy(HERE / file, folder)
+    files = re.findall(r"^\+\+\+ b/(\S+)", Path(diff).read_text(), re.M)
+    for file in files:
+        shutil.copy(HERE / file, folder)
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     for words in (["init", "-q"], ["apply", diff], ["apply", "-R", "--check", diff]):
         subprocess.run(["git", *words], cwd=folder, env=env, check=True)
-    return folder / file
+    return folder / files[0]
 
 
 def loaded(path):
     """A changed file as a module; the project's other modules stay as they are."""
     module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
     exec(compile(path.read_text(), path.name, "exec"), vars(module))
     return module
 
@@ -243,6 +245,22 @@ def test_the_diffs_of_the_losses_do_what_the_page_says(tmp_path):
     hinge = loaded(patched("hinge", tmp_path))
     one, two = torch.tensor([[2.0, 0.5]]), torch.tensor([[-3.0, 1.0]])
     assert hinge.discriminator_loss([one], [two]) == 0.25 + 1 and hinge.generator_loss([two]) == 1
+
+
+def test_half_the_side_gives_a_whole_velocity(tmp_path):
+    """A network that guesses 3 everywhere, from noise of deviation 1. Catches tokens in the wrong
+    places, and noise that the mean has made weaker."""
+    halved = loaded(patched("half_side", tmp_path))
+    tokens = torch.arange(4.0).reshape(1, 4, 1)
+
+    def guesses(net, x, *_):
+        assert x.shape == (1, 4, 4, 4) and 0.7 < x.std() < 1.3
+        return x - 3, (tokens, "text")
+    halved.velocity = guesses
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    v, (image, text) = halved.half_side(None, x, 1.0, None)
+    assert torch.allclose(x - v, torch.full_like(x, 3.0)) and text == "text"
+    assert image.flatten().tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
 
 
 @torch.no_grad()
