@@ -486,10 +486,12 @@ def main(argv):
                                       "missing": meter.missing})
     write_text(out / "table.md", text + "\n")
     save_grid(out / "grid.png", rows, measured)
-    print("\n".join([text, "", *expected(settings)]))
+    print(text)
     for name, reason in meter.missing.items():
         print(f"{name}: not measured, {reason}")
     print(f"\n{n} samples for each of {len(texts)} prompts; {out}/results.json, {out}/grid.png")
+    for line in expected(settings):
+        print(line)
 
 
 if __name__ == "__main__":
