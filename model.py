@@ -340,7 +340,8 @@ def load_part(cls, source, part, dtype, harmless=None, **others):
         if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
             raise UserError(f"{what} of {source} holds NaN or infinity in {name}; copy its files "
                             "again")
-    return net.eval()
+    # Without accelerate diffusers leaves some weights of a half-precision folder as they are.
+    return net.to(dtype).eval()
 
 
 def pick_device(preset, name=None):
