@@ -288,13 +288,16 @@ def test_importance_curves_have_the_released_samplers_means(name, means):
 
 
 def test_importance_curve_is_the_releases():
-    """Preset c, normalised, at five indices, computed by the released code. Catches a blur that
-    reaches further than 300 indices."""
+    """Preset c, normalised, at five indices, and its peak. With this blur the whole curve was once
+    compared with the released code's: equal to 6e-8. Catches one that reaches further than 300
+    indices."""
     p = importance_curve("official")
     p = p / p.sum()
     released = [1.850721e-3, 2.637901e-3, 3.566290e-4, 8.836208e-5, 7.094266e-6]
     torch.testing.assert_close(p[[0, 252, 500, 678, 1000]], torch.tensor(released),
                                rtol=1e-5, atol=0)
+    assert p.max().item() == pytest.approx(0.0027, rel=0.05)
+    assert 1 - p.argmax().item() / 1000 == pytest.approx(0.776, abs=0.01)
 
 
 def test_importance_curve_of_the_paper_has_the_plots_shape():

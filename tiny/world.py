@@ -21,6 +21,7 @@ SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (0.90, 0.12, 0.12), "green": (0.10, 0.62, 0.20), "blue": (0.12, 0.25, 0.90),
            "yellow": (1.00, 0.88, 0.10), "purple": (0.60, 0.15, 0.75), "white": (1.00, 1.00, 1.00)}
+PAINTS = torch.tensor(list(COLOURS.values()))                          # 6 × 3
 SCENES = ("day", "beach", "night", "dusk")
 RADII = (6, 7, 8)                     # of the shapes, in pixels
 P_USUAL = 0.55                        # of a shape's usual scene; each of the three others 0.15
@@ -77,7 +78,7 @@ def templates():
 def draw(template, colour, scene):
     """Pictures [B, 3, 32, 32] in [0, 1] from three index tensors [B]."""
     mask = templates()[0][template][:, None]
-    paint = torch.tensor(list(COLOURS.values()))[colour][:, :, None, None]
+    paint = PAINTS[colour][:, :, None, None]
     return scenes()[scene] * (1 - mask) + paint * mask
 
 
@@ -100,8 +101,7 @@ def sample_labels(n, generator, captions=None):
 def _template_norms():
     """‖mask·(colour − scene)‖² for each scene, colour and template, [4, 6, T]."""
     masks = templates()[0].flatten(1)                                           # T × 1024
-    contrast = (torch.tensor(list(COLOURS.values()))[None, :, :, None]
-                - scenes().flatten(2)[:, None])                                 # 4 × 6 × 3 × 1024
+    contrast = PAINTS[None, :, :, None] - scenes().flatten(2)[:, None]          # 4 × 6 × 3 × 1024
     return (contrast ** 2).sum(2) @ (masks ** 2).T
 
 
@@ -116,7 +116,7 @@ def read(pictures):
     """
     masks, shapes = templates()
     flat, backgrounds = masks.flatten(1), scenes().flatten(2)                   # T × 1024, 4×3×1024
-    colours = torch.tensor(list(COLOURS.values()))                              # 6 × 3
+    masked_scenes = backgrounds @ flat.T                                        # 4 × 3 × T
     result = {key: [] for key in ("shape", "colour", "scene", "error", "error_inside")}
     for chunk in pictures.float().cpu().split(64):
         # With rest = picture − scene and contrast = colour − scene,
@@ -124,8 +124,8 @@ def read(pictures):
         rest = chunk.flatten(2)[:, None] - backgrounds                          # B × 4 × 3 × 1024
         # ⟨mask, rest·contrast⟩ = colour·⟨mask, rest⟩ − ⟨mask, rest·scene⟩: each mask meets seven
         # maps a picture and not one for each scene and colour.
-        masked = (chunk.flatten(2) @ flat.T)[:, None] - backgrounds @ flat.T    # B × 4 × 3 × T
-        inner = colours @ masked - ((rest * backgrounds).sum(2) @ flat.T)[:, :, None]
+        masked = (chunk.flatten(2) @ flat.T)[:, None] - masked_scenes           # B × 4 × 3 × T
+        inner = PAINTS @ masked - ((rest * backgrounds).sum(2) @ flat.T)[:, :, None]
         error = (rest ** 2).sum((2, 3))[:, :, None, None] - 2 * inner + _template_norms()
         least, index = error.flatten(1).min(1)
         scene, colour, template = torch.unravel_index(index, error.shape[1:])

@@ -167,17 +167,17 @@ def read(rows, name, seeds, root):
     """What results.json's rows say of a variant, {measure: [S, P]}."""
     by_name = {row["name"]: row for row in rows}
     found = [by_name[row_name(name, seed, root)] for seed in seeds]
-    accuracy = torch.tensor([row["by_prompt"]["right"] for row in found])       # S×P
-    entropy = torch.tensor([row["by_prompt"]["scene_entropy"] for row in found])          # S×P
+
+    def by_caption(column):
+        return torch.tensor([row["by_prompt"][column] for row in found])                  # S×P
+    accuracy = by_caption("right")
     # A distance is one number for all captions, so in effect only the seeds are resampled. The
     # teacher has none from itself.
     distance = torch.tensor([row["frechet_to_teacher"] or 0.0 for row in found])          # S
-    read_error = torch.tensor([row["by_prompt"]["read_error"] for row in found])          # S×P
-    speckled = torch.tensor([row["by_prompt"]["speckled"] for row in found])              # S×P
     # The paper counts 28×2 for the teacher, though with α five passes are never run.
     evaluations = 56 if name == TEACHER else found[0]["nfe_blocks"]
-    return {"points": 100 * accuracy, "entropy": entropy, "read error": read_error,
-            "speckled": speckled,
+    return {"points": 100 * accuracy, "entropy": by_caption("scene_entropy"),
+            "read error": by_caption("read_error"), "speckled": by_caption("speckled"),
             "frechet": distance[:, None].expand_as(accuracy),
             "evaluations": torch.full_like(accuracy, evaluations)}
 
@@ -288,7 +288,7 @@ def main(argv):
             measured[folder] = line                       # the last one is what is measured
     own_path = "--own-path " if not {"2", "3"} & {*chosen} else ""    # they compare paths of a run
     lists[3][settings.out] = (
-        f"evaluate.py --teacher alpha --seed {settings.eval_seed} --out {settings.out} {own_path}"
+        f"evaluate.py --seed {settings.eval_seed} --out {settings.out} {own_path}"
         f"--samples-per-prompt {settings.samples_per_prompt} --checkpoint {' '.join(measured)}")
     if settings.dry_run:
         print("\n".join(f"python {line}" for lines in lists for line in lines.values()))

@@ -35,7 +35,7 @@ COMMON = ["--batch-size", 2, "--pool", 4, "--iterations", 2, "--checkpoint-every
 WORDS = {train_stage1: [*COMMON, "--log-every", 1],
          # Turns G (of f alone), D, D, G: D_ONLY is 0 in these tests.
          train_stage2: [*COMMON, "--iterations", 4, "--cached-blocks", "0-1", "--references", 4,
-                        "--warmup", 0, "--compensation-lr", 1e-2]}
+                        "--warmup", 0, "--compensation-lr", 2e-3]}
 
 
 # Compiling looks at attributes that torch warns of; here a warning would be an error.
@@ -190,7 +190,7 @@ def test_a_published_run_loads_by_its_model_card(dtype, real, tmp_path, monkeypa
     with torch.no_grad():
         latents, _, _ = sampler.roll_out(student, x, prompt, sampler.sigma_grid(2), span, f)
         error = names["image"] - model.Decoder(real.preset, CPU)(latents[-1]).clamp(0, 1)[0]
-    assert error.abs().max() < {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.01}[dtype]
+    assert error.abs().max() < {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}[dtype]
 
 
 def python_of(page):
