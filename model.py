@@ -1,4 +1,5 @@
-"""The networks: which base models there are, loading, encoding prompts, decoding latents, judging.
+"""The networks. First half: one evaluation, the decoder, the discriminator, prompts, base models.
+Second half, to be skipped beside the paper: finding, loading, placing and saving them.
 
 A Stable Diffusion 3 pipeline, for whoever does not know diffusers. It is a folder (or a repository
 on the hub) with one sub-folder for each part:
@@ -56,6 +57,188 @@ transformers_logging.disable_progress_bar()
 enable_progress_bars()
 
 HERE = Path(__file__).resolve().parent
+
+
+# ================================================================== one evaluation of a network
+
+def velocity(net, x, sigma, prompt, span=None, delta=None, f=None):
+    """One evaluation of a network: (velocity [B, C, H, W] fp32, Δ0 or None) at latents x
+    [B, C, H, W] and sigma, a number or [B]. prompt is (embeds, pooled).
+
+    span, delta and f are the cache's (cache.CachedSD3.forward): without a span every block runs;
+    with one the residual Δ0 is recorded; with delta, too, the span is skipped and f(Δ0) stands in
+    for it. Δ0 is an argument and an answer, no state of the network: it cannot be left over from
+    another prompt, and gradient checkpointing may run the blocks again later.
+    """
+    # This is the only place where sigma becomes a timestep. On CUDA the forward runs in bf16: a
+    # network that learns has fp32 weights and needs autocast for it, a frozen one is stored in bf16
+    # and is faster without. The latents outside stay fp32 (deviation 7). The long names are
+    # diffusers': embeds are "encoder hidden states", the text encoders' answer; pooled is
+    # "projections", CLIP's.
+    embeds, pooled = prompt
+    mixed = x.device.type == "cuda" and net.dtype == torch.float32
+    timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+        v, delta = net(hidden_states=x.to(net.dtype), timestep=timestep,
+                       encoder_hidden_states=embeds.to(net.dtype),
+                       pooled_projections=pooled.to(net.dtype), span=span, delta=delta, f=f)
+    return v.float(), delta
+
+
+# ================================================================== latents to pictures
+
+class Decoder:
+    """The frozen VAE: latents [B, C, H, W] to pictures [B, 3, 8H, 8W] (tiny: 4H, 4W), 0 black and 1
+    white. Not clamped, so that gradient flows everywhere: some values lie a little outside."""
+
+    def __init__(self, preset, device, checkpointing=False, compiled=False):
+        from diffusers import AutoencoderKL
+        # On a GPU it is stored in bf16: half the memory, and in the miniature 0.26 of 255 levels on
+        # the mean.
+        self.vae = load_part(AutoencoderKL, preset.source, "vae", frozen_dtype(device))
+        # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
+        self.vae.to(device).requires_grad_(False)
+        # A backward pass at 1024² takes 9.4 GB a picture compiled; checkpointed, which runs it a
+        # second time, 7.7 GB and 1.8 times the seconds.
+        if compiled:
+            self.vae.decoder.compile()
+        elif checkpointing:
+            self.vae.enable_gradient_checkpointing()
+
+    def __call__(self, latents):
+        # The transformer's latents have mean 0 and deviation 1; undo that first. The VAE paints in
+        # [−1, 1].
+        config = self.vae.config
+        latents = latents / config.scaling_factor + config.shift_factor
+        pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return pictures.float() / 2 + 0.5
+
+
+# ================================================================== the discriminator (Stage II)
+
+class Head(torch.nn.Module):
+    """Logits [B, places] of a feature map [B, C, H, W] (one for each place) or of pooled features
+    [B, C] (one). Spectral norms bound its slope, so that it cannot become arbitrarily sure."""
+
+    def __init__(self, channels, width, pooled):
+        super().__init__()
+        from torch.nn.utils.parametrizations import spectral_norm
+        if pooled:
+            hidden = torch.nn.Linear(channels, width)
+        else:
+            hidden = torch.nn.Conv2d(channels, width, kernel_size=3, padding=1)
+        self.hidden = spectral_norm(hidden)
+        self.logit = spectral_norm(torch.nn.Linear(width, 1))
+
+    def forward(self, features):
+        h = torch.nn.functional.leaky_relu(self.hidden(features), 0.2)      # [official] slope 0.2
+        if h.ndim == 4:
+            h = h.flatten(2).mT                       # B×width×H×W → B×places×width
+        else:
+            h = h[:, None]                            # B×1×width
+        return self.logit(h)[..., 0]                                      # B×places
+
+
+class Discriminator(torch.nn.Module):
+    """Pictures [B, 3, H, W] in [0, 1] to a list of logits [B, places], one entry for each head
+    (Stage II; deviation 11).
+
+    A frozen vision backbone sees edges, parts and objects; small heads, which alone learn, say
+    whether they look like a reference's. One head looks at each of the backbone's maps (real
+    models four, tiny three), one at the last map's mean. The heads are not told the prompt
+    [official].
+    """
+
+    def __init__(self, preset, seed=0, width=64):
+        super().__init__()
+        self.backbone = load_backbone(preset.discriminator).requires_grad_(False)
+        # The backbone was trained on pictures normalised like this; others would blind it.
+        self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
+        channels = self.backbone.channels
+        torch.manual_seed(seed)
+        # Early maps see texture, late ones objects; a head for each tells both.
+        heads = [Head(c, width, pooled=False) for c in channels]
+        heads.append(Head(channels[-1], width, pooled=True))
+        self.heads = torch.nn.ModuleList(heads)
+
+    def forward(self, pictures):
+        maps = self.backbone((pictures - self.mean) / self.std).feature_maps
+        features = [*maps, maps[-1].mean((2, 3))]                         # the last one is B×C
+        return [head(x) for head, x in zip(self.heads, features, strict=True)]
+
+
+# ================================================================== prompts
+
+class Prompts:
+    """A pool of prompts, each encoded once, and the empty prompt.
+
+    Encode before the networks are loaded: the text encoders of a real model take 11 GB, and are
+    freed again here. With folders (run folders, its own first) the result is kept in the first
+    one's prompts.safetensors, 2.7 MB for an SD3 prompt, or taken from the one that has these texts.
+    """
+
+    def __init__(self, preset, texts, device, folders=()):
+        self.texts, self.device = list(texts), device
+        # The empty prompt comes last, so that index i is still the i-th text.
+        everything = [*self.texts, ""]
+        if not folders:
+            self.embeds, self.pooled = encode_prompts(preset, everything, device)
+            return
+        files = [Path(folder) / "prompts.safetensors" for folder in folders]
+        about = {"model": preset.name, "texts": json.dumps(everything)}
+        if read_metadata(files[0]) not in (None, about):
+            raise UserError(f"{files[0]} holds other prompts than are given now; give another "
+                            "--out, or --overwrite")
+        if is_main() and not any(read_metadata(file) == about for file in files):
+            embeds, pooled = encode_prompts(preset, everything, device)
+            save_tensors(files[0], {"embeds": embeds, "pooled": pooled}, about)
+        any_process(False)                                # a barrier: the others wait here
+        file = next(file for file in files if read_metadata(file) == about)
+        encoded = load_file(file)                         # mapped into memory, not read
+        self.embeds, self.pooled = encoded["embeds"], encoded["pooled"]
+
+    def __len__(self):
+        return len(self.texts)
+
+    def take(self, indices):
+        """The prompts of these indices: (embeds [B, L, J], pooled [B, P]) on the device."""
+        indices = torch.as_tensor(indices)
+        return self.embeds[indices].to(self.device), self.pooled[indices].to(self.device)
+
+    def uncond(self, n):
+        """The empty prompt n times: the teacher's unconditional branch."""
+        return self.take([len(self.texts)] * n)
+
+
+def encode_prompts(preset, texts, device):
+    """(embeds [n, L, J], pooled [n, P]) on the CPU, by the stock pipeline's own encode_prompt.
+    L is 77 + 256 for the real models, 8 for tiny, which has no T5."""
+    config = CachedSD3.load_config(preset.source, subfolder="transformer")
+    empty = empty_transformer(config)                     # encode_prompt reads its config alone
+    pipe = load_pipeline(preset, frozen_dtype(device), transformer=empty, vae=None)
+    if pipe.tokenizer_3:
+        lengths = [len(ids) for ids in pipe.tokenizer_3(texts).input_ids]
+        cut = sum(length > preset.text_length for length in lengths)
+        if cut:
+            print(f"{cut} of {len(texts)} prompts have more than T5's {preset.text_length} tokens; "
+                  "their ends are cut off")
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        if encoder is not None:
+            encoder.to(device)
+    embeds, pooled = [], []
+    bar = tqdm(texts, "encoding prompts", disable=len(texts) < 100 or not is_main())
+    with torch.no_grad():
+        # One by one: the last bits of a prompt must not depend on its neighbours.
+        for text in bar:
+            # Four answers: embeds, pooled and, for guidance inside the pipeline, two of the empty
+            # prompt, which are None here.
+            of_text, _, of_whole, _ = pipe.encode_prompt(
+                text, None, None, do_classifier_free_guidance=False,
+                max_sequence_length=preset.text_length, device=device)
+            embeds.append(of_text.cpu())                                  # 1×L×J
+            pooled.append(of_whole.cpu())                                 # 1×P
+    return torch.cat(embeds), torch.cat(pooled)
 
 
 # ================================================================== base models
@@ -137,6 +320,9 @@ PRESETS = {
         cached_blocks="2-11"),         # [ours] which; 1.74 NFE [paper] means 10 of 38
 }
 
+
+# ================================================================== which base model
+# From here on: finding, loading, placing, saving. Skip it when you read beside the paper.
 
 PARTS = "transformer", "vae", "text_encoder", "text_encoder_2"    # whose weights a pipeline needs
 
@@ -224,6 +410,23 @@ def prepare(settings, tiny, sd3, stage):
     return preset, device, texts, config, factor
 
 
+def pick_device(preset, name=None):
+    """The torch device: the one named; else cuda for a real model, where it is there, and the CPU
+    for the miniature."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    # The miniature's networks are so small that a GPU waits for Python most of the time: an H200
+    # takes as long as two cores. And on a CPU its numbers are those of the docs.
+    if not name:
+        name = "cuda" if there["cuda"] and not preset.is_tiny else "cpu"
+    if not there[name]:
+        raise UserError(f"--device {name}: this PyTorch finds no such device")
+    if name == "cuda":
+        # fp32 products in TF32: the discriminator's. Transformers and VAE compute in bf16.
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
 def load_scheduler(preset):
     """The base model's own FlowMatchEulerDiscreteScheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -240,6 +443,90 @@ def parse_span(text, blocks):
         raise UserError(f"--cached-blocks {text}: a span is written first-last, such as 2-5 "
                         f"({error})") from None
 
+
+# ================================================================== where prompts come from
+
+# Five lists whose combinations are 80 000 prompts: style, kind, subject, place, light [ours].
+GRAMMAR = (
+    ("a close-up photo of", "an oil painting of", "a watercolour of", "a pencil drawing of",
+     "a film still of", "a wide shot of", "a studio portrait of", "a 3D render of",
+     "a vintage photo of", "an isometric view of"),
+    ("an old", "a young", "a small", "a giant", "a wooden", "a golden", "a ragged", "a cheerful",
+     "a tired", "a glass"),
+    ("cat", "fisherman", "robot", "lighthouse", "dancer", "fox", "violin", "castle", "bicycle",
+     "astronaut", "owl", "gardener", "sailing ship", "teapot", "elephant", "chess player"),
+    ("in a foggy forest", "on a busy street", "by the sea", "in a sunlit kitchen",
+     "on a mountain ridge", "in the desert", "under a bridge at night", "in a library",
+     "among wild flowers", "in heavy snow"),
+    ("at dawn", "in soft light", "with long shadows", "in neon colours", "in muted tones"))
+
+
+def default_prompts(preset):
+    """The miniature's 24 captions, or the built-in grammar's 80 000 prompts (deviation 8)."""
+    if preset.is_tiny:
+        from tiny.world import CAPTIONS
+        return CAPTIONS
+    return [" ".join(words) for words in itertools.product(*GRAMMAR)]
+
+
+def read_prompts(path):
+    """The prompts of a file: one a line, or JSON lines with "prompt"; UserError with the line that
+    is neither."""
+    if Path(path).is_char_device():                       # /dev/zero never ends
+        raise UserError(f"--prompts {path}: not a file of UTF-8 text")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: not a file of UTF-8 text ({error})") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.lstrip().startswith(("{", "[")):          # a bracket must not become a prompt
+            try:
+                line = json.loads(line)["prompt"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(f"--prompts {path}, line {number}: neither a prompt nor a JSON "
+                                "object with \"prompt\"") from None
+        if line.strip():
+            prompts.append(line.strip())
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompt in it")
+    return prompts
+
+
+def choose_prompts(preset, path=None, text=None, pool=None, seed=0):
+    """The texts to train or sample on: one text, those of a file, or the default ones; `pool` of
+    them, drawn by seed, when there are more. Warns of words that the miniature does not know."""
+    texts = default_prompts(preset)
+    if text:
+        try:
+            text.encode()
+        except UnicodeEncodeError:                        # a shell's byte of another encoding
+            raise UserError("--prompt is not UTF-8 text") from None
+        texts = [text]
+    elif path:
+        texts = read_prompts(path)
+    if preset.is_tiny:
+        from tiny.world import WORDS
+        unknown = {word for text in texts for word in text.lower().split()} - WORDS
+        if unknown:
+            print(f"warning: the miniature world does not know {', '.join(sorted(unknown)[:8])}; "
+                  f"its words are {', '.join(sorted(WORDS))}", file=sys.stderr)
+    if pool is None or pool >= len(texts):
+        return texts
+    # Drawn at random: the first so many of the grammar would all be of one style.
+    order = torch.randperm(len(texts), generator=rng(seed, "pool"))
+    return [texts[j] for j in order[:pool].tolist()]
+
+
+def read_metadata(file):
+    """The texts in the header of a safetensors file; None where there is no such file."""
+    if not file.exists():
+        return None
+    with loading(file.name, file.parent), safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+# ================================================================== loading
 
 @contextlib.contextmanager
 def loading(what, source):
@@ -344,25 +631,6 @@ def load_part(cls, source, part, dtype, harmless=None, **others):
     return net.to(dtype).eval()
 
 
-def pick_device(preset, name=None):
-    """The torch device: the one named; else cuda for a real model, where it is there, and the CPU
-    for the miniature."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
-    # The miniature's networks are so small that a GPU waits for Python most of the time: an H200
-    # takes as long as two cores. And on a CPU its numbers are those of the docs.
-    if not name:
-        name = "cuda" if there["cuda"] and not preset.is_tiny else "cpu"
-    if not there[name]:
-        raise UserError(f"--device {name}: this PyTorch finds no such device")
-    if name == "cuda":
-        # fp32 products in TF32: the discriminator's. Transformers and VAE compute in bf16.
-        torch.set_float32_matmul_precision("high")
-    return torch.device(name)
-
-
-# ================================================================== the transformer
-
 def load_transformer(preset, frozen_on=None, spread=False):
     """The base model's transformer, in eval mode: an MMDiT has no dropout, so that train mode would
     be the same. Networks that learn are fp32; one that never does takes half the memory on a GPU
@@ -386,29 +654,42 @@ def frozen_dtype(device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def velocity(net, x, sigma, prompt, span=None, delta=None, f=None):
-    """One evaluation of a network: (velocity [B, C, H, W] fp32, Δ0 or None) at latents x
-    [B, C, H, W] and sigma, a number or [B]. prompt is (embeds, pooled).
+def load_backbone(source):
+    """A frozen ConvNeXtV2 with all its feature maps, from a folder or the hub."""
+    # transformers' AutoBackbone fails on local folders, so the class is named here.
+    from transformers import AutoConfig, ConvNextV2Backbone
+    revision = BACKBONE_REVISION if source == BACKBONE else None
+    with loading("the discriminator's backbone", source):
+        # All stages but the first name, which is the stem.
+        levels = AutoConfig.from_pretrained(source, revision=revision).stage_names[1:]
+    # hidden_states_norms are new in a backbone, and its classifier is not needed. Anything else
+    # must be there: older files name the weights of GRN gamma and beta, and transformers would
+    # leave them at zero without a word.
+    return load_part(ConvNextV2Backbone, source, None, torch.float32, out_features=levels,
+                     revision=revision,
+                     harmless=r"hidden_states_norms|classifier\.|(convnextv2\.)?layernorm\.")
 
-    span, delta and f are the cache's (cache.CachedSD3.forward): without a span every block runs;
-    with one the residual Δ0 is recorded; with delta, too, the span is skipped and f(Δ0) stands in
-    for it. Δ0 is an argument and an answer, no state of the network: it cannot be left over from
-    another prompt, and gradient checkpointing may run the blocks again later.
-    """
-    # This is the only place where sigma becomes a timestep. On CUDA the forward runs in bf16: a
-    # network that learns has fp32 weights and needs autocast for it, a frozen one is stored in bf16
-    # and is faster without. The latents outside stay fp32 (deviation 7). The long names are
-    # diffusers': embeds are "encoder hidden states", the text encoders' answer; pooled is
-    # "projections", CLIP's.
-    embeds, pooled = prompt
-    mixed = x.device.type == "cuda" and net.dtype == torch.float32
-    timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
-        v, delta = net(hidden_states=x.to(net.dtype), timestep=timestep,
-                       encoder_hidden_states=embeds.to(net.dtype),
-                       pooled_projections=pooled.to(net.dtype), span=span, delta=delta, f=f)
-    return v.float(), delta
 
+def load_pipeline(preset, dtype, **parts):
+    """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components."""
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+    # Loaded one by one, so that a missing tensor is seen. A folder without T5 loads only when it is
+    # told so, whatever its model_index.json says.
+    encoders = {"text_encoder": CLIPTextModelWithProjection,
+                "text_encoder_2": CLIPTextModelWithProjection}
+    if preset.text_length:
+        encoders["text_encoder_3"] = T5EncoderModel
+    else:
+        parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
+    for name, cls in encoders.items():
+        parts[name] = load_part(cls, preset.source, name, dtype)
+    with loading("the pipeline", preset.source):
+        return StableDiffusion3Pipeline.from_pretrained(
+            preset.source, torch_dtype=dtype, use_safetensors=True, **parts)
+
+
+# ================================================================== what a forward costs
 
 def forward_flops(net, shape, tokens, **cached):
     """(FLOPs, Δ0) of one forward of a transformer on the meta device, for one sample of latents
@@ -438,6 +719,8 @@ def cost(preset, config, shape, learning, frozen, samples, passes):
             f"compute: an iteration is {samples} samples × {passes:g} passes = "
             f"{samples * passes * flops / 1e12:.4g} TFLOP\n{whereabouts(preset)}")
 
+
+# ================================================================== compiling, many devices, LoRA
 
 def can_compile(preset, device):
     """Whether blocks and VAE decoder are compiled: those of a real model on CUDA, where they are
@@ -505,6 +788,14 @@ def add_lora(net, rank, seed):
     return net
 
 
+def merge_lora(net):
+    """Adds B·A to each weight W and takes the adapter off: nobody has to guess a scale later."""
+    net.fuse_lora()
+    net.unload_lora()
+
+
+# ================================================================== the student on disk
+
 def save_transformer(net, folder, half, lora_rank=None):
     """Writes a stock transformer folder of a network that may be sharded, LoRA merged into its
     weights, in half precision if so told. All processes call it; the main one writes."""
@@ -527,12 +818,6 @@ def save_transformer(net, folder, half, lora_rank=None):
         plain.half()
     with writing(folder, sum(tensor.nbytes for tensor in plain.state_dict().values())):
         save_whole(folder, plain.save_pretrained)
-
-
-def merge_lora(net):
-    """Adds B·A to each weight W and takes the adapter off: nobody has to guess a scale later."""
-    net.fuse_lora()
-    net.unload_lora()
 
 
 def load_student(folder, settings, preset, device, spread=False):
@@ -568,272 +853,3 @@ def load_student(folder, settings, preset, device, spread=False):
             f.load_state_dict(load_file(source / "compensation.safetensors"))
             f.to(device, frozen_dtype(device)).eval()
     return student.to(device, frozen_dtype(device)).eval(), span, f
-
-
-# ================================================================== latents to pictures
-
-class Decoder:
-    """The frozen VAE: latents [B, C, H, W] to pictures [B, 3, 8H, 8W] (tiny: 4H, 4W), 0 black and 1
-    white. Not clamped, so that gradient flows everywhere: some values lie a little outside."""
-
-    def __init__(self, preset, device, checkpointing=False, compiled=False):
-        from diffusers import AutoencoderKL
-        # On a GPU it is stored in bf16: half the memory, and in the miniature 0.26 of 255 levels on
-        # the mean.
-        self.vae = load_part(AutoencoderKL, preset.source, "vae", frozen_dtype(device))
-        # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
-        self.vae.to(device).requires_grad_(False)
-        # A backward pass at 1024² takes 9.4 GB a picture compiled; checkpointed, which runs it a
-        # second time, 7.7 GB and 1.8 times the seconds.
-        if compiled:
-            self.vae.decoder.compile()
-        elif checkpointing:
-            self.vae.enable_gradient_checkpointing()
-
-    def __call__(self, latents):
-        # The transformer's latents have mean 0 and deviation 1; undo that first. The VAE paints in
-        # [−1, 1].
-        config = self.vae.config
-        latents = latents / config.scaling_factor + config.shift_factor
-        pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return pictures.float() / 2 + 0.5
-
-
-# ================================================================== the discriminator (Stage II)
-
-class Head(torch.nn.Module):
-    """Logits [B, places] of a feature map [B, C, H, W] (one for each place) or of pooled features
-    [B, C] (one). Spectral norms bound its slope, so that it cannot become arbitrarily sure."""
-
-    def __init__(self, channels, width, pooled):
-        super().__init__()
-        from torch.nn.utils.parametrizations import spectral_norm
-        look = (torch.nn.Linear(channels, width) if pooled
-                else torch.nn.Conv2d(channels, width, kernel_size=3, padding=1))
-        self.look = spectral_norm(look)
-        self.judge = spectral_norm(torch.nn.Linear(width, 1))
-
-    def forward(self, features):
-        h = torch.nn.functional.leaky_relu(self.look(features), 0.2)      # [official] slope 0.2
-        if h.ndim == 4:
-            h = h.flatten(2).mT                       # B×width×H×W → B×places×width
-        else:
-            h = h[:, None]                            # B×1×width
-        return self.judge(h)[..., 0]                                      # B×places
-
-
-class Discriminator(torch.nn.Module):
-    """Pictures [B, 3, H, W] in [0, 1] to a list of logits [B, places], one entry for each head
-    (Stage II; deviation 11).
-
-    A frozen vision backbone sees edges, parts and objects; small heads, which alone learn, say
-    whether they look like a reference's. One head looks at each of the backbone's maps (real
-    models four, tiny three), one at the last map's mean. The heads are not told the prompt
-    [official].
-    """
-
-    def __init__(self, preset, seed=0, width=64):
-        super().__init__()
-        self.backbone = load_backbone(preset.discriminator).requires_grad_(False)
-        # The backbone was trained on pictures normalised like this; others would blind it.
-        self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
-        channels = self.backbone.channels
-        torch.manual_seed(seed)
-        # Early maps see texture, late ones objects; a head for each tells both.
-        heads = [Head(c, width, pooled=False) for c in channels]
-        heads.append(Head(channels[-1], width, pooled=True))
-        self.heads = torch.nn.ModuleList(heads)
-
-    def forward(self, pictures):
-        maps = self.backbone((pictures - self.mean) / self.std).feature_maps
-        features = [*maps, maps[-1].mean((2, 3))]                         # the last one is B×C
-        return [head(x) for head, x in zip(self.heads, features, strict=True)]
-
-
-def load_backbone(source):
-    """A frozen ConvNeXtV2 with all its feature maps, from a folder or the hub."""
-    # transformers' AutoBackbone fails on local folders, so the class is named here.
-    from transformers import AutoConfig, ConvNextV2Backbone
-    revision = BACKBONE_REVISION if source == BACKBONE else None
-    with loading("the discriminator's backbone", source):
-        # All stages but the first name, which is the stem.
-        levels = AutoConfig.from_pretrained(source, revision=revision).stage_names[1:]
-    # hidden_states_norms are new in a backbone, and its classifier is not needed. Anything else
-    # must be there: older files name the weights of GRN gamma and beta, and transformers would
-    # leave them at zero without a word.
-    return load_part(ConvNextV2Backbone, source, None, torch.float32, out_features=levels,
-                     revision=revision,
-                     harmless=r"hidden_states_norms|classifier\.|(convnextv2\.)?layernorm\.")
-
-
-# ================================================================== prompts
-
-class Prompts:
-    """A pool of prompts, each encoded once, and the empty prompt.
-
-    Encode before the networks are loaded: the text encoders of a real model take 11 GB, and are
-    freed again here. With folders (run folders, its own first) the result is kept in the first
-    one's prompts.safetensors, 2.7 MB for an SD3 prompt, or taken from the one that has these texts.
-    """
-
-    def __init__(self, preset, texts, device, folders=()):
-        self.texts, self.device = list(texts), device
-        # The empty prompt comes last, so that index i is still the i-th text.
-        everything = [*self.texts, ""]
-        if not folders:
-            self.embeds, self.pooled = encode_prompts(preset, everything, device)
-            return
-        files = [Path(folder) / "prompts.safetensors" for folder in folders]
-        about = {"model": preset.name, "texts": json.dumps(everything)}
-        if read_metadata(files[0]) not in (None, about):
-            raise UserError(f"{files[0]} holds other prompts than are given now; give another "
-                            "--out, or --overwrite")
-        if is_main() and not any(read_metadata(file) == about for file in files):
-            embeds, pooled = encode_prompts(preset, everything, device)
-            save_tensors(files[0], {"embeds": embeds, "pooled": pooled}, about)
-        any_process(False)                                # a barrier: the others wait here
-        file = next(file for file in files if read_metadata(file) == about)
-        encoded = load_file(file)                         # mapped into memory, not read
-        self.embeds, self.pooled = encoded["embeds"], encoded["pooled"]
-
-    def __len__(self):
-        return len(self.texts)
-
-    def take(self, indices):
-        """The prompts of these indices: (embeds [B, L, J], pooled [B, P]) on the device."""
-        indices = torch.as_tensor(indices)
-        return self.embeds[indices].to(self.device), self.pooled[indices].to(self.device)
-
-    def uncond(self, n):
-        """The empty prompt n times: the teacher's unconditional branch."""
-        return self.take([len(self.texts)] * n)
-
-
-def read_metadata(file):
-    """The texts in the header of a safetensors file; None where there is no such file."""
-    if not file.exists():
-        return None
-    with loading(file.name, file.parent), safe_open(file, "pt") as opened:
-        return opened.metadata()
-
-
-def load_pipeline(preset, dtype, **parts):
-    """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components."""
-    from diffusers import StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
-    # Loaded one by one, so that a missing tensor is seen. A folder without T5 loads only when it is
-    # told so, whatever its model_index.json says.
-    encoders = {"text_encoder": CLIPTextModelWithProjection,
-                "text_encoder_2": CLIPTextModelWithProjection}
-    if preset.text_length:
-        encoders["text_encoder_3"] = T5EncoderModel
-    else:
-        parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
-    for name, cls in encoders.items():
-        parts[name] = load_part(cls, preset.source, name, dtype)
-    with loading("the pipeline", preset.source):
-        return StableDiffusion3Pipeline.from_pretrained(
-            preset.source, torch_dtype=dtype, use_safetensors=True, **parts)
-
-
-def encode_prompts(preset, texts, device):
-    """(embeds [n, L, J], pooled [n, P]) on the CPU, by the stock pipeline's own encode_prompt.
-    L is 77 + 256 for the real models, 8 for tiny, which has no T5."""
-    config = CachedSD3.load_config(preset.source, subfolder="transformer")
-    empty = empty_transformer(config)                     # encode_prompt reads its config alone
-    pipe = load_pipeline(preset, frozen_dtype(device), transformer=empty, vae=None)
-    if pipe.tokenizer_3:
-        lengths = [len(ids) for ids in pipe.tokenizer_3(texts).input_ids]
-        cut = sum(length > preset.text_length for length in lengths)
-        if cut:
-            print(f"{cut} of {len(texts)} prompts have more than T5's {preset.text_length} tokens; "
-                  "their ends are cut off")
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-        if encoder is not None:
-            encoder.to(device)
-    embeds, pooled = [], []
-    bar = tqdm(texts, "encoding prompts", disable=len(texts) < 100 or not is_main())
-    with torch.no_grad():
-        # One by one: the last bits of a prompt must not depend on its neighbours.
-        for text in bar:
-            # Four answers: embeds, pooled and, for guidance inside the pipeline, two of the empty
-            # prompt, which are None here.
-            of_text, _, of_whole, _ = pipe.encode_prompt(
-                text, None, None, do_classifier_free_guidance=False,
-                max_sequence_length=preset.text_length, device=device)
-            embeds.append(of_text.cpu())                                  # 1×L×J
-            pooled.append(of_whole.cpu())                                 # 1×P
-    return torch.cat(embeds), torch.cat(pooled)
-
-
-# Five lists whose combinations are 80 000 prompts: style, kind, subject, place, light [ours].
-GRAMMAR = (
-    ("a close-up photo of", "an oil painting of", "a watercolour of", "a pencil drawing of",
-     "a film still of", "a wide shot of", "a studio portrait of", "a 3D render of",
-     "a vintage photo of", "an isometric view of"),
-    ("an old", "a young", "a small", "a giant", "a wooden", "a golden", "a ragged", "a cheerful",
-     "a tired", "a glass"),
-    ("cat", "fisherman", "robot", "lighthouse", "dancer", "fox", "violin", "castle", "bicycle",
-     "astronaut", "owl", "gardener", "sailing ship", "teapot", "elephant", "chess player"),
-    ("in a foggy forest", "on a busy street", "by the sea", "in a sunlit kitchen",
-     "on a mountain ridge", "in the desert", "under a bridge at night", "in a library",
-     "among wild flowers", "in heavy snow"),
-    ("at dawn", "in soft light", "with long shadows", "in neon colours", "in muted tones"))
-
-
-def default_prompts(preset):
-    """The miniature's 24 captions, or the built-in grammar's 80 000 prompts (deviation 8)."""
-    if preset.is_tiny:
-        from tiny.world import CAPTIONS
-        return CAPTIONS
-    return [" ".join(words) for words in itertools.product(*GRAMMAR)]
-
-
-def read_prompts(path):
-    """The prompts of a file: one a line, or JSON lines with "prompt"; UserError with the line that
-    is neither."""
-    if Path(path).is_char_device():                       # /dev/zero never ends
-        raise UserError(f"--prompts {path}: not a file of UTF-8 text")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: not a file of UTF-8 text ({error})") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.lstrip().startswith(("{", "[")):          # a bracket must not become a prompt
-            try:
-                line = json.loads(line)["prompt"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f"--prompts {path}, line {number}: neither a prompt nor a JSON "
-                                "object with \"prompt\"") from None
-        if line.strip():
-            prompts.append(line.strip())
-    if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it")
-    return prompts
-
-
-def choose_prompts(preset, path=None, text=None, pool=None, seed=0):
-    """The texts to train or sample on: one text, those of a file, or the default ones; `pool` of
-    them, drawn by seed, when there are more. Warns of words that the miniature does not know."""
-    texts = default_prompts(preset)
-    if text:
-        try:
-            text.encode()
-        except UnicodeEncodeError:                        # a shell's byte of another encoding
-            raise UserError("--prompt is not UTF-8 text") from None
-        texts = [text]
-    elif path:
-        texts = read_prompts(path)
-    if preset.is_tiny:
-        from tiny.world import WORDS
-        unknown = {word for text in texts for word in text.lower().split()} - WORDS
-        if unknown:
-            print(f"warning: the miniature world does not know {', '.join(sorted(unknown)[:8])}; "
-                  f"its words are {', '.join(sorted(WORDS))}", file=sys.stderr)
-    if pool is None or pool >= len(texts):
-        return texts
-    # Drawn at random: the first so many of the grammar would all be of one style.
-    order = torch.randperm(len(texts), generator=rng(seed, "pool"))
-    return [texts[j] for j in order[:pool].tolist()]

@@ -1105,15 +1105,15 @@ def test_the_discriminator_is_its_formula():
         return w / (one._u @ w.flatten(1) @ one._v)
     for head, x, logits in zip(discriminator.heads, [*maps, maps[-1].mean((2, 3))],
                                discriminator(pictures), strict=True):
-        look = bounded(head.look)
+        hidden = bounded(head.hidden)
         if x.ndim == 4:
-            h = torch.nn.functional.conv2d(x, look, head.look.bias, padding=1).flatten(2).mT
+            h = torch.nn.functional.conv2d(x, hidden, head.hidden.bias, padding=1).flatten(2).mT
         else:
-            h = (x @ look.T + head.look.bias)[:, None]
+            h = (x @ hidden.T + head.hidden.bias)[:, None]
         h = torch.where(h > 0, h, 0.2 * h)
-        expected = (h @ bounded(head.judge).T + head.judge.bias)[..., 0]
+        expected = (h @ bounded(head.logit).T + head.logit.bias)[..., 0]
         assert torch.allclose(logits, expected, atol=1e-5)
-        assert torch.linalg.matrix_norm(look.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
+        assert torch.linalg.matrix_norm(hidden.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
     assert len(maps) == 3 and not any(p.requires_grad for p in discriminator.backbone.parameters())
 
 
