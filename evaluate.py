@@ -209,7 +209,7 @@ class Measured:
         for name, values in self.by_prompt.items():
             columns |= estimate(name, values)
         for name, other in (("frechet_to_teacher", teacher), ("frechet_to_data", data)):
-            if other not in (None, self):                 # no distance of the teacher from itself
+            if other is not None and other is not self:   # no distance of the teacher from itself
                 columns[name] = frechet(self.features, other.features).item()
         return columns
 
@@ -304,18 +304,18 @@ class Rows:
         if self.settings.own_path:
             paths = paths[:1]
         sigmas = sigma_grid(run["steps"])
-        for suffix, span, f in paths:
-            def sample(noise, prompt):
-                latents, _, _ = roll_out(student, noise, prompt, sigmas, span, f)
+        for suffix, skipped, correction in paths:
+            def sample(noise, prompt):                    # called within this round of the loop
+                latents, _, _ = roll_out(student, noise, prompt, sigmas, skipped, correction)
                 return latents[-1]
             recipe = {"run": os.path.relpath(folder), "path": suffix,
-                      "span": f"{span[0]}-{span[1]}" if span else None,
+                      "span": f"{skipped[0]}-{skipped[1]}" if skipped else None,
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             for key in ("stage", "finished", "steps", "guidance", "alpha"):
                 recipe[key] = run[key]
-            # f, 0.02 of an evaluation, counts in every row with a span, though plain reuse and
+            # f, 0.03 of an evaluation here, counts in every row with a span, though plain reuse and
             # skipping go without it: one number for all cached rows.
-            count = count_nfe(self.preset, span, run["steps"])
+            count = count_nfe(self.preset, skipped, run["steps"])
             self.add(folder.name + suffix, recipe, (count["blocks"], count["flops_with_f"]), sample)
 
 

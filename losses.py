@@ -1,6 +1,6 @@
 """The mathematics of 1.x-Distill: tensors in, tensors out. Read this file first.
 
-In the order of the paper: re-noising, the guidance rule (Eq. 4), the importance curve, the losses
+In the order of the method: re-noising, the guidance rule (Eq. 4), the importance curve, the losses
 of Stage I, the losses of Stage II. No model, no settings, no device: this file imports torch alone.
 The loops that put these functions together are train_stage1.py and train_stage2.py.
 
@@ -149,7 +149,7 @@ def importance_curve(name):
     line = _interpolate(i, (0, 300, 500, 1000), (0.6, 1.3, 0.05, 0.001))  # [official]
     # Then a Gaussian blur with a standard deviation of 100 indices, cut off at 300 [official]. It
     # acts on the logarithm: the weights span three orders of magnitude, and a plain blur would wash
-    # the small ones away.
+    # the small ones away. The result is highest at index 224, which is u = 0.776, σ = 0.912.
     offset = torch.arange(-300, 301, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offset / 100) ** 2)
     kernel = kernel / kernel.sum()
@@ -168,12 +168,16 @@ def _interpolate(x, xs, ys):
     return ys[left] + t * (ys[right] - ys[left])
 
 
-def step_end(k, sigmas, form="window"):
-    """The level where each sample's step k [B] ends, [B]. sigmas [N + 1] is the student's grid.
+# Step k of the student leads from σ_k to σ_k+1. Which of its samples is compared with the
+# teacher's? There are two readings, and `form` chooses one of them (deviation 2):
+#   "window"   the official code: the sample at σ_k+1, re-noised to a level between σ_k+1 and σ_k.
+#              These levels are the step's window
+#   "x0"       the paper's figure: the guess x̂0, whose level is 0, re-noised to any level
+# In the last step both compare the same sample: there σ_k+1 = 0.
 
-    form says what is matched (deviation 2): "window", the official code's, the sample at σ_k+1, the
-    level after σ_k; "x0", the paper's figure's, the guess x̂0 of every step, at σ = 0.
-    """
+def step_end(k, sigmas, form="window"):
+    """The level of the sample that is compared, [B]: where each sample's step k [B] ends. sigmas
+    [N + 1] is the student's grid."""
     if form == "x0":
         return torch.zeros(len(k))
     return sigmas[k + 1]
@@ -183,9 +187,7 @@ def judged_between(k, sigmas, form="window"):
     """(high, low), each [B]: to which levels the sample of step k [B] may be re-noised, low < σ ≤
     high."""
     if form == "x0":
-        # The paper's figure: x̂0 may be re-noised to any level, whichever step it came from.
         return torch.ones(len(k)), torch.zeros(len(k))
-    # The official code: the step leads from σ_k to σ_k+1 and is judged between these two only.
     # Below σ_k+1 the next step takes over; it is drawn, and judged, on its own.
     return sigmas[k], sigmas[k + 1]
 
@@ -196,8 +198,8 @@ def draw_sigma(random, high, low, weights, shift=3.0):
     random [B] are uniform numbers in [0, 1); high, low [B] come from judged_between().
     """
     grid = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)          # 1001, falling from 1
-    # 1. Which grid points lie in each sample's window? high belongs to it, low does not; 1e-6 keeps
-    #    it so against float error.
+    # 1. Which grid points lie in each sample's window? high belongs to it, low does not. Float
+    #    error may put either a hair off its grid point: 1e-6 keeps high in and low out.
     below_high = grid <= high[:, None] + 1e-6                             # B×1001
     above_low = grid > low[:, None] + 1e-6                                # B×1001
     inside = below_high & above_low
@@ -233,12 +235,11 @@ def dmd_loss(p, p_teacher, p_fake):
     # which train_stage1.py logs.
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # The difference grows with the way back from σ to σ_k+1: in step one 24 times as long from
-        # σ = 0.99 as from 0.76. So divide by the sample's mean distance to p_teacher, as DMD does:
-        # a factor of 6 is left. In step one this distance is nearly all fresh noise, alike for
-        # perfect samples and the student's. Only at low noise does it say how far the student has
-        # to go (docs/RESULTS.md). One mean for each sample (deviation 3: official one for each
-        # image column).
+        # The difference grows with the way back from σ to σ_k+1. So divide by the sample's mean
+        # distance to p_teacher, as DMD does: that distance grows, too. In step one it is nearly all
+        # fresh noise, so it evens out the levels and does not tell how far the student has to go
+        # (measured in docs/RESULTS.md). One mean for each sample (deviation 3: official one for
+        # each image column).
         scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
     return (0.5 * (p - target) ** 2 / scale).mean()
 

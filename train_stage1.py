@@ -19,10 +19,13 @@ fake score for each of the student's, and no moving average of weights [official
 The teacher's guidance follows Eq. 4. Not here: the mathematics (losses.py), the cache and the
 adversarial stage (cache.py, train_stage2.py).
 
-Three calls from other files carry it:
+Calls from other files that carry it:
   velocity(net, x, sigma, prompt)             (v, Δ0), one pass; Δ0 is the cache's, None here
   guided_velocity(teacher, x, …)              v of the teacher by Eq. 4
   roll_out(student, noise, prompt, sigmas)    (latents, velocities, Δ0) of all its steps
+  rng(seed, i, …), my_rows, micro_batches     what is random in iteration i; this process's rows of
+                                              it; those in parts (--accumulation)
+  clip_and_step(optimizers, norm)             clips their gradients jointly, steps, clears them
 prompt and uncond are pairs of tensors: embeds [B, L, J] and pooled [B, P] (model.py).
 
 Dimension key: B batch, C latent channels, H W latent size, N student steps, L J P text (model.py).
@@ -143,7 +146,9 @@ def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     # with --form x0 that is so in every step.
     x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
     # The fake score learns which velocity leads from x at σ to x̂0. So it comes to know where the
-    # student goes from each noise level, as the teacher knows it of real pictures.
+    # student goes from each noise level, as the teacher knows it of real pictures. (In step one p
+    # still holds some of the noise that x̂0 came from. That this is right nevertheless is the
+    # release's practice and no theorem: docs/TEACHING.md.)
     # It is never guided [official]: it must describe the student's samples as they are.
     v, _ = velocity(fake_score, x, sigma, prompt)
     return fake_score_loss(v, x, x0, sigma)

@@ -18,6 +18,12 @@ the heads back through the frozen backbone and the frozen VAE into step two, tha
 blocks that ran there; not into the skipped blocks, Δ0 or step one. (Step one shares the weights, so
 it changes, too; no loss checks it [official].)
 
+Calls from other files that carry it:
+  roll_out(student, noise, prompt, sigmas, span, f)      (latents, velocities, Δ0) of all its steps
+  velocity(student, x, sigma, prompt, span, delta, f)    (v, Δ0), one pass; cached if delta is given
+  clip_and_step(optimizers, norm)      clips their gradients jointly, steps, clears them; no others
+  (rng, my_rows and micro_batches as in train_stage1.py)
+
 Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],
 pictures [B, 3, 8H, 8W] (tiny: 4H, 4W) in [0, 1]. D and G: discriminator and generator.
 """
@@ -337,10 +343,11 @@ def main(argv):
             with torch.no_grad():
                 latents, _, delta = roll_out(student, noise, prompt, sigmas[:-1], span, f)
             x = latents[-1]                               # B×C×H×W, before the last step
-            # Train mode lets the power iteration of the heads' spectral norms take a step with each
-            # pass. They take one in each of D's turns, whatever --accumulation is: in the first
-            # part alone. In G's turns they stand still [official].
-            discriminator.heads.train(turn == "discriminator" and part is parts[0])
+            # In train mode each pass also takes a step of the power iteration in the heads'
+            # spectral norms. They take one in each of D's turns, whatever --accumulation is: in
+            # the first part alone. In G's turns they stand still [official].
+            power_iteration = turn == "discriminator" and part is parts[0]
+            discriminator.heads.train(power_iteration)
 
             if turn == "discriminator":
                 # ---- 2. D: the student's picture as inference makes it, against its reference
@@ -370,8 +377,8 @@ def main(argv):
         metrics |= {f"loss_{who}": torch.stack(losses).mean().item(), f"norm_{who}": norm}
         if ranks:
             metrics["d_ranks"] = torch.stack(ranks).mean().item()
-        # G's loss leaves gradients in the heads, and in the student during the warm-up: nobody may
-        # take them into another turn.
+        # clip_and_step has cleared the learners' gradients alone. G's loss leaves some in the heads
+        # and, during the warm-up, in the student: nobody may take them into another turn.
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 

@@ -200,14 +200,13 @@ def python_of(page):
     return code
 
 
-def test_the_readmes_lines_run(real, tmp_path, monkeypatch):
-    """In the project's folder, on another run and base (which is stored in half precision)."""
-    stranger, names = Stranger(real, tmp_path / "up", monkeypatch), {"torch": torch}
-    monkeypatch.syspath_prepend(Path(model.__file__).parent)
-    stranger.run(python_of("README.md"), "float32", names, **{
-        "runs/tiny-stage2": str(real.stage2), "tiny/sd3": str(real.base), "(1, 4)": "(0, 1)",
-        "low_cpu_mem_usage=False": "torch_dtype=torch.float32",
-        "text_encoder_3=None, tokenizer_3=None": "", ", max_sequence_length=0": ""})
+def test_the_readmes_lines_run_after_the_cards(real, tmp_path, monkeypatch):
+    """The cache in three lines, on another run and base."""
+    stranger, names = Stranger(real, tmp_path / "up", monkeypatch), {}
+    stranger.run(stranger.card, "float32", names, **{"image = ": "# "})
+    names["cache"].remove()
+    stranger.run(python_of("README.md"), "float32", names,
+                 **{"(1, 4)": "(0, 1)", ", max_sequence_length=0": ""})
     assert names["image"].size == (64, 64)
 
 
