@@ -226,7 +226,7 @@ def test_the_commands_and_files_of_the_experiments_are_there():
     assert set(re.findall(r"docs/experiments/([\w.]+)", text)) == set(os.listdir(EXPERIMENTS))
     for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S):
         assert block.count("git apply docs") == len(re.findall("git (?:apply -R|checkout)", block))
-        for line in re.findall(r"^python (.*)", block, re.M):
+        for line in re.findall(r"^python (\w+\.py.*)", block, re.M):
             script, *words = line.split()
             parse_settings(importlib.import_module(script[:-3]).Settings, words, script, "")
     assert model.read_prompts(EXPERIMENTS / "circles.txt") == CAPTIONS[:6]
