@@ -199,7 +199,8 @@ def patched(name, folder):
     diff = str(EXPERIMENTS / f"{name}.diff")
     files = re.findall(r"^\+\+\+ b/(\S+)", Path(diff).read_text(), re.M)
     for file in files:
-        shutil.copy(HERE / file, folder)
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copy(HERE / file, folder / file)
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     for words in (["init", "-q"], ["apply", diff], ["apply", "-R", "--check", diff]):
         subprocess.run(["git", *words], cwd=folder, env=env, check=True)
