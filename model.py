@@ -31,6 +31,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -397,7 +398,12 @@ def prepare(settings, tiny, sd3, stage):
     models and checks what belongs together, before anything is loaded. Returns the preset, the
     device, the prompts, the transformer's config and the VAE's factor."""
     preset = find_preset(settings.model)
+    given = settings.accumulation
     fill_in(settings, tiny if preset.is_tiny else sd3)
+    if given is None:
+        # The scripts' value is for one GPU. Several have smaller batches each, as has a user's own.
+        parts = max(1, settings.accumulation // processes())
+        settings.accumulation = math.gcd(parts, settings.batch_size // processes())
     settings.model = preset.name                          # a folder's whole path
     settings.out = settings.out or f"runs/{Path(preset.name).name}-stage{stage}"
     settings.check_batch()

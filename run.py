@@ -55,8 +55,8 @@ from tqdm import tqdm
 KEEP = 2                        # [ours] how many checkpoints stay on disk while a run trains
 WAIT = timedelta(hours=2)       # [ours] for a process that writes a large checkpoint
 # Settings that a resumed run may change. (Another device computes in another precision.)
-MAY_CHANGE = {"out", "iterations", "checkpoint_every", "sample_every", "log_every", "device",
-              "no_compile", "overwrite", "debug", "dry_run"}
+MAY_CHANGE = {"out", "iterations", "accumulation", "gradient_checkpointing", "checkpoint_every",
+              "sample_every", "log_every", "device", "no_compile", "overwrite", "debug", "dry_run"}
 
 
 # ================================================================== the command line
@@ -84,10 +84,10 @@ class CommonSettings:
     batch_size: int = option(None, "global batch B", low=1, high=65536)
     out: str = option(None, "run folder (default: runs/MODEL-stage1 or -stage2)")
     seed: int = option(3407, "seed of everything random [official 3407]", low=0, high=2**31 - 1)
-    accumulation: int = option(1, "micro-batches one after the other, to save memory",
+    accumulation: int = option(None, "micro-batches one after the other, to save memory",
                                low=1, high=65536)
     gradient_checkpointing: bool = option(
-        False, "recompute blocks in backward: less memory, a third more time")
+        None, "recompute blocks in backward: less memory, a third more time (real models do)")
     no_compile: bool = option(False, "do not compile blocks and VAE decoder (real models on CUDA "
                               "are compiled: faster, after a slow start)")
     checkpoint_every: int = option(None, "iterations between checkpoints", low=1, high=10**6)
@@ -120,7 +120,9 @@ def parse_settings(cls, argv, prog, description):
     for field in dataclasses.fields(cls):
         flag, about = "--" + field.name.replace("_", "-"), field.metadata
         text = about["text"].replace("%", "%%")
-        if field.type is bool:
+        if field.type is bool and field.default is None:  # the script decides: so --no-..., too
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif field.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif field.type is list:
             parser.add_argument(flag, nargs="+", metavar="X", choices=about["choices"], help=text)
@@ -163,12 +165,16 @@ def command(main):
             # A notebook may call main(): it gets back its own seed, and below its own Ctrl-C.
             with torch.random.fork_rng(devices=[]), output:
                 return main(argv)
-        except (UserError, KeyboardInterrupt, OSError, SafetensorError) as error:
+        except (UserError, KeyboardInterrupt, OSError, SafetensorError,
+                torch.OutOfMemoryError) as error:
             if "--debug" in argv:
                 raise
             line, code = f"error: {error}", 1
             if isinstance(error, UserError):
                 code = 2
+            elif isinstance(error, torch.OutOfMemoryError):
+                line = ("error: out of GPU memory; a larger --accumulation takes less, a smaller "
+                        f"--batch-size in evaluating ({str(error).splitlines()[0]})")
             elif isinstance(error, KeyboardInterrupt):
                 line, code = "stopped", 130
         finally:

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -1311,6 +1312,16 @@ def test_a_run_says_what_is_missing(no_pictures, tmp_path, monkeypatch, capsys):
     assert "pip install matplotlib" in text.out
 
 
+def test_too_little_memory_is_one_line(capsys):
+    """Catches a traceback after minutes of loading, which does not say what to do."""
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+    with pytest.raises(SystemExit) as stop:
+        run.command(main)([])
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "a larger --accumulation" in line and "9 GiB" in line
+
+
 def test_no_print_ends_a_run(monkeypatch):
     """A console of another encoding gets "?". Catches a traceback for the sake of a prompt."""
     shown = io.BytesIO()
@@ -1514,11 +1525,13 @@ def test_a_mistake_is_one_line_before_anything_is_written(
 
 
 def test_a_dry_run_tells_what_it_costs_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    """SD3-Medium without a download. Catches a plan that needs the gated weights."""
+    """SD3-Medium without a download, as it fits 80 GB: in parts of 16, checkpointed. Catches a plan
+    that needs the gated weights."""
     monkeypatch.chdir(tmp_path)
-    train_stage1.main(["--model", "sd3-medium", "--gradient-checkpointing", "--dry-run"])
-    train_stage2.main(["--model", "sd3.5-large", "--dry-run"])
+    train_stage1.main(["--model", "sd3-medium", "--dry-run"])
+    train_stage2.main(["--model", "sd3.5-large", "--no-gradient-checkpointing", "--dry-run"])
     text = capsys.readouterr().out
+    assert re.findall("(?:accumulation|checkpointing) +(.*)", text) == ["4", "True", "8", "False"]
     assert "2.03 billion parameters" in text and "= 64.9 GB" in text and "13 passes" in text
     assert "8.06 billion parameters" in text and "2.22807 passes" in text
     assert not list(tmp_path.iterdir())

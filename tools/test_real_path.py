@@ -31,7 +31,8 @@ from tools import random_model
 CPU, SHAPE = torch.device("cpu"), (16, 8, 8)
 NARROW = {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16,
           "joint_attention_dim": 32, "pooled_projection_dim": 32, "pos_embed_max_size": 8}
-COMMON = ["--batch-size", 2, "--pool", 4, "--iterations", 2, "--checkpoint-every", 1]
+COMMON = ["--batch-size", 2, "--pool", 4, "--iterations", 2, "--checkpoint-every", 1,
+          "--accumulation", 1, "--no-gradient-checkpointing"]
 WORDS = {train_stage1: [*COMMON, "--log-every", 1],
          # Turns G (of f alone), D, D, G: D_ONLY is 0 in these tests.
          train_stage2: [*COMMON, "--iterations", 4, "--cached-blocks", "0-1", "--references", 4,
