@@ -313,10 +313,10 @@ class Rows:
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             for key in ("stage", "finished", "steps", "guidance", "alpha"):
                 recipe[key] = run[key]
-            # f, 0.03 of an evaluation here, counts in every row with a span, though plain reuse and
-            # skipping go without it: one number for all cached rows.
             count = count_nfe(self.preset, skipped, run["steps"])
-            self.add(folder.name + suffix, recipe, (count["blocks"], count["flops_with_f"]), sample)
+            without_f = correction is None or correction is NOTHING
+            flops = count["flops" if without_f else "flops_with_f"]
+            self.add(folder.name + suffix, recipe, (count["blocks"], flops), sample)
 
 
 def count_nfe(preset, span, steps=2):
