@@ -120,6 +120,8 @@ def parse_settings(cls, argv, prog, description):
     for field in dataclasses.fields(cls):
         flag, about = "--" + field.name.replace("_", "-"), field.metadata
         text = about["text"].replace("%", "%%")
+        # Where it is None the script decides, by the model.
+        default = "" if field.default is None else f" (default: {field.default})"
         if field.type is bool and field.default is None:  # the script decides: so --no-..., too
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif field.type is bool:
@@ -128,7 +130,7 @@ def parse_settings(cls, argv, prog, description):
             parser.add_argument(flag, nargs="+", metavar="X", choices=about["choices"], help=text)
         else:
             parser.add_argument(flag, type=field.type, metavar="X", choices=about["choices"],
-                                default=field.default, help=f"{text} (default: {field.default})")
+                                default=field.default, help=text + default)
     settings = cls(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(cls):
         value = getattr(settings, field.name)

@@ -117,7 +117,7 @@ def guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha):
     return guide(v_cond, v_uncond, guidance_weight(sigma, w, alpha))      # B×C×H×W
 
 
-def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha=1.0):
+def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha):
     """(latents [B, C, H, W], passes): Euler along sigmas with the guidance rule of Eq. 4; α = 1 is
     guidance everywhere.
 

@@ -578,9 +578,9 @@ def test_micro_batches_give_the_gradients_of_the_batch(turns1, tmp_path):
 def test_the_log_tells_the_gap_by_noise_level():
     """Catches bins that are fixed while α and the steps are options."""
     sigma, gap = torch.tensor([0.2, 0.7, 0.8, 0.97]), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    found = train_stage1.measure(gap, sigma, torch.ones(4, *SHAPE), sampler.sigma_grid(2), 0.9)
+    found = train_stage1.diagnose(gap, sigma, torch.ones(4, *SHAPE), sampler.sigma_grid(2), 0.9)
     bins = {"gap_0_0.5": 1, "gap_0.5_0.75": 2, "gap_0.75_0.9": 3, "gap_0.9_1": 4, "gap": 2.5,
-            "x0_mean": 1, "x0_std": 0, "saturation": 0, "diversity": 0}
+            "x0_mean": 1, "x0_std": 0, "saturation": 0, "x0_batch_std": 0}
     assert found == bins
 
 
@@ -877,7 +877,7 @@ def test_our_guided_sampler_is_the_stock_one(stock_pipe, teacher, prompts):
     grid = sampler.teacher_sigmas(TINY)
     with torch.no_grad():
         ours, passes = sampler.sample_guided(teacher, noise, prompts.take([5, 6]),
-                                             prompts.uncond(2), grid, 4.0)
+                                             prompts.uncond(2), grid, 4.0, 1.0)
     theirs = stock_latents(stock_pipe, CAPTIONS[5:7], noise, num_inference_steps=28,
                            guidance_scale=4.0)
     assert passes == 56 and torch.allclose(ours, theirs, atol=1e-3)

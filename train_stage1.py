@@ -36,7 +36,7 @@ import dataclasses
 import itertools
 import time
 
-# First of all: run.py sets what torch reads while it is imported.
+# First of all: run.py keeps out the notices of diffusers and transformers, imported after it.
 from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, micro_batches,
                  my_rows, option, parse_settings, publish, rng)
 
@@ -308,8 +308,8 @@ def main(argv):
             x0 = torch.cat([latents[-1] for latents, _ in paths])         # B×C×H×W
             metrics = {"loss_fake": torch.stack(losses_fake).mean().item(),
                        "loss_student": torch.stack(losses_student).mean().item(),
-                       **measure(torch.cat(gaps).cpu(), draws["sigma_student"], x0, sigmas,
-                                 settings.alpha),
+                       **diagnose(torch.cat(gaps).cpu(), draws["sigma_student"], x0, sigmas,
+                                  settings.alpha),
                        "grad_norm_fake": norm_fake, "grad_norm_student": norm_student}
             run.log(done, **metrics, **seen, seconds=time.perf_counter() - begun)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in SHOWN}, refresh=False)
@@ -326,7 +326,7 @@ def main(argv):
 SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics, in the bar
 
 
-def measure(gap, sigma, x0, sigmas, alpha):
+def diagnose(gap, sigma, x0, sigmas, alpha):
     """What diagnoses a run (README: what you see while it trains), of the main process's rows: gap
     and sigma [B] of the student's turn, x0 [B, C, H, W] the end of its path."""
     metrics = {"gap": gap.mean().item()}
@@ -340,7 +340,7 @@ def measure(gap, sigma, x0, sigmas, alpha):
     metrics["x0_mean"] = x0.mean().item()
     metrics["x0_std"] = x0.std().item()                         # the data's is 1
     metrics["saturation"] = (x0.abs() > 4).float().mean().item()
-    metrics["diversity"] = x0.std(0).mean().item()              # over the batch, of all captions
+    metrics["x0_batch_std"] = x0.std(0).mean().item()           # over the batch, of all captions
     return metrics
 
 

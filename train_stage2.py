@@ -280,8 +280,8 @@ def main(argv):
         # The roll-out; in every third turn, G's, a backward pass of the last step, which counts
         # two, with checkpointing three. The VAE and the discriminator's backbone come on top.
         blocks = config["num_layers"]
-        last = nfe(2, span, blocks) - 1
-        backward = (2 + settings.gradient_checkpointing) * last
+        cached_step = nfe(2, span, blocks) - 1
+        backward = (2 + settings.gradient_checkpointing) * cached_step
         print(cost(preset, config, shape, learning=1, frozen=0, samples=settings.batch_size,
                    passes=nfe(steps, span, blocks) + backward / 3))
         return

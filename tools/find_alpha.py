@@ -66,7 +66,8 @@ def measure(teacher, prompts, shape, sigmas, levels, settings):
     clean = []
     for part in parts:
         noise = image_noise(settings.seed, part, shape).to(prompts.device)
-        x0, _ = sample_guided(teacher, noise, prompts.take(part % len(prompts)), None, sigmas, 1.0)
+        x0, _ = sample_guided(teacher, noise, prompts.take(part % len(prompts)), None, sigmas,
+                              w=1.0, alpha=1.0)
         clean.append(x0)                                  # B×C×H×W
     rows = []
     for j, sigma in enumerate(levels):
