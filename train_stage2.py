@@ -371,8 +371,9 @@ def main(argv):
         if turn == "discriminator":
             norm = clip_and_step([optimizers["discriminator"]])           # not clipped [official]
         else:
-            # Warm-up [paper, second hand]: f alone. Otherwise the student would adapt to errors
-            # that f, which still is plain reuse, will soon remove by itself.
+            # Warm-up [paper, second hand]: f alone. It is meant to keep the student from adapting
+            # to errors that f, which still is plain reuse, will soon remove by itself. (Without it
+            # the miniature shows no difference: docs/RESULTS.md.)
             learners = of_generator
             if f is not None and i <= settings.warmup:    # this one included [official]
                 learners = [optimizers["compensation"]]
