@@ -47,9 +47,10 @@ def stock_sigmas(steps):
     """What to pass as `sigmas` to the stock pipeline: [1.0, 0.5] for two steps."""
     # The stock scheduler shifts what it is given and adds the final 0 itself, so pass u, not σ.
     # With the base's scheduler never rely on num_inference_steps=2 alone: it spreads two steps over
-    # all of its noise levels, from the highest, 1, to its lowest, 0.003 shifted to 0.0089: σ = 1,
-    # 0.0089, 0. So step one jumps from pure noise nearly to the picture, farther than it was
-    # trained to, and the picture is blurred. (A published run has its own scheduler.)
+    # all of its noise levels, from the highest, 1, to its lowest, which it shifts twice (0.001 to
+    # 0.003 to 0.0089): σ = 1, 0.0089, 0. So step one jumps from pure noise nearly to the picture,
+    # farther than it was trained to, and the picture is blurred. (A published run has its own
+    # scheduler.)
     return [round(1 - i / steps, 6) for i in range(steps)]
 
 

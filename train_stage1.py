@@ -6,8 +6,8 @@ noise.
     torchrun --nproc-per-node 8 train_stage1.py --model sd3.5-large
 
 Three networks start from the base model: the frozen teacher, the student, and the fake score, which
-learns the distribution of the student's own samples. Each iteration (paper, Stage I; in the form of
-the official code, which judges each step between its own two levels, the step's window):
+learns the distribution of the student's own samples. Each iteration (paper, Stage I; as in the
+official code, where a step from σ_k to σ_k+1 is compared at noise levels between these two):
   1. roll out    the student runs all its steps, without gradient
   2. fake score  learns by flow matching on the student's samples
   3. student     one of its steps, with gradient; the loss moves it to where the teacher points and
