@@ -49,7 +49,8 @@ class Compensation(nn.Module):
         self.up = nn.Linear(width, 2 * width)             # W1; hidden width 2·D [official]
         self.down = nn.Linear(2 * width, width)           # W2
         # W2 starts at zero, so f(Δ0) = Δ0: training begins exactly at plain reuse, the known
-        # baseline [official]. In the miniature PyTorch's random start ends as well (RESULTS).
+        # baseline [official]. (In the miniature a random start gives no other result in the end:
+        # docs/RESULTS.md.)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
