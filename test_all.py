@@ -1537,6 +1537,18 @@ def test_a_dry_run_tells_what_it_costs_and_writes_nothing(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+def test_how_memory_is_saved_belongs_to_the_machine(finished, tmp_path, monkeypatch, capsys):
+    """Of 8 processes each has an eighth of the batch already, and a run may go on with other parts.
+    Catches a run of one GPU that several refuse to continue."""
+    settings = run.read_settings(finished)
+    shutil.copytree(finished, tmp_path / "run")
+    run.Run(tmp_path / "run", settings | {"accumulation": 2, "gradient_checkpointing": True}, CPU)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    train_stage1.main(["--model", "sd3-medium", "--dry-run"])
+    train_stage2.main(["--model", "sd3-medium", "--dry-run"])
+    assert re.findall("accumulation +(.*)", capsys.readouterr().out) == ["1", "1"]
+
+
 def test_all_that_is_random_comes_from_its_key():
     """Catches a generator that forgets a part of its key, or the seed."""
     keys = [(3407, 1, "train"), (3408, 1, "train"), (3407, 2, "train"), (3407, 1, "prompts")]

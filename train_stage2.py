@@ -21,7 +21,7 @@ it changes, too; no loss checks it [official].)
 Calls from other files that carry it:
   roll_out(student, noise, prompt, sigmas, span, f)      (latents, velocities, Δ0) of all its steps
   velocity(student, x, sigma, prompt, span, delta, f)    (v, Δ0), one pass; cached if delta is given
-  clip_and_step(optimizers, norm)      clips their gradients jointly, steps, clears them; no others
+  clip_and_step(optimizers, norm)      clips their gradients jointly, steps, clears theirs alone
   (rng, my_rows and micro_batches as in train_stage1.py)
 
 Dimension key: B batch, R references, C latent channels, H W latent size. Latents are [B, C, H, W],
