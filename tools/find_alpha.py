@@ -22,11 +22,9 @@ is lost was worse there (docs/NOTEBOOK.md). So begin a sweep of --alpha at the p
 Dimension key: B batch, P prompts, n samples of a prompt, C latent channels, H W latent size.
 """
 
-import contextlib
 import dataclasses
-from pathlib import Path
 
-from run import UserError, command, option, parse_settings, rng, write_text
+from run import UserError, command, option, parse_settings, rng
 
 import torch
 
@@ -36,7 +34,7 @@ from model import (Prompts, check_base, choose_prompts, download, find_preset, l
 from sampler import TEACHER_STEPS, image_noise, sample_guided, teacher_sigmas
 from train_stage1 import SD3, TINY
 
-# Closer together at high noise, where α is looked for: there the share changes fast.
+# The levels asked about. Closer together at high noise, where α is looked for.
 LEVELS = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.3)
 LEAST = 0.98        # [ours] a share from here on counts as kept: so much is noise of the samples
 
@@ -45,20 +43,18 @@ LEAST = 0.98        # [ours] a share from here on counts as kept: so much is noi
 class Settings:
     model: str = option("tiny", "the teacher: a preset, a pipeline folder or a hub id")
     guidance: float = option(None, "the teacher's w (default: the training's)", low=1, high=100)
-    levels: list = option(None, "noise levels σ (default: twelve from 0.98 to 0.3)")
     prompts: str = option(None, "file of prompts; without it the built-in ones")
     prompts_used: int = option(24, "P, so many of the prompts", low=2, high=10_000)
     samples_per_prompt: int = option(8, "n, samples of each", low=2, high=4096)
     steps: int = option(TEACHER_STEPS, "steps of the teacher for its samples", low=1, high=1000)
     batch_size: int = option(16, "samples at a time", low=1, high=10_000)
     seed: int = option(11, "seed of prompts and noises", low=0, high=2**31 - 1)
-    out: str = option("results/alpha", "folder of alpha.md")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
     debug: bool = option(False, "show tracebacks")
 
 
 @torch.inference_mode()
-def measure(teacher, prompts, shape, sigmas, levels, settings):
+def measure(teacher, prompts, shape, sigmas, settings):
     """[{"sigma", "spread", "within", "share"}], one for each level; the last three are ratios."""
     parts = torch.arange(len(prompts) * settings.samples_per_prompt).split(settings.batch_size)
     # Sample j has prompt j mod P. No guidance (w = 1): these samples stand for data, which need not
@@ -70,7 +66,7 @@ def measure(teacher, prompts, shape, sigmas, levels, settings):
                               w=1.0, alpha=1.0)
         clean.append(x0)                                  # B×C×H×W
     rows = []
-    for j, sigma in enumerate(levels):
+    for j, sigma in enumerate(LEVELS):
         plain, guided = [], []
         for part, x0 in zip(parts, clean, strict=True):
             # Fresh noise for each sample and level, from its index alone: batches change no result.
@@ -102,7 +98,7 @@ def propose(rows):
     # Where guidance does most harm; it need not be the highest level, where x̂0 is one blur.
     worst = min(rows, key=lambda row: row["share"])
     if worst["share"] >= LEAST:
-        return None, "no level collapses; α = 1, or ask at higher levels"
+        return None, "no level collapses: α = 1, or add higher ones to LEVELS"
     # Halfway between the worst share and 1. Where all of the loss is made up α would be too low:
     # a student of two steps then gets little guidance where its first step is judged.
     half = (1 + worst["share"]) / 2
@@ -110,7 +106,7 @@ def propose(rows):
     # between may look harmless: α is one number.
     last = max(i for i, row in enumerate(rows) if row["share"] < half)
     if last == len(rows) - 1:
-        return rows[-1]["sigma"], "the lowest level collapses, too: ask at lower ones"
+        return rows[-1]["sigma"], "the lowest one collapses, too: add lower ones to LEVELS"
     high, low = rows[last:last + 2]                       # a straight line between these two
     t = (half - high["share"]) / (low["share"] - high["share"])
     alpha = high["sigma"] + t * (low["sigma"] - high["sigma"])
@@ -124,14 +120,6 @@ def main(argv):
     preset = find_preset(settings.model)
     values = TINY if preset.captions == "tiny" else SD3
     settings.guidance = settings.guidance or values["guidance"]
-    levels = []
-    with contextlib.suppress(ValueError):
-        levels = sorted({float(level) for level in settings.levels or LEVELS}, reverse=True)
-    # At σ = 1 there is no picture left in x, at 0 there is nothing to guess.
-    if len(levels) < 2 or not all(0 < level < 1 for level in levels):
-        raise UserError("--levels must be two or more different numbers between 0 and 1")
-    if Path(settings.out).is_file():
-        raise UserError(f"--out {settings.out} is a file; give a folder")
     device = pick_device(preset, settings.device)
     texts = choose_prompts(preset, settings.prompts)
     config, _ = check_base(preset)
@@ -146,16 +134,14 @@ def main(argv):
     # The model's own picture size: another one would have another noise level for "layout".
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     sigmas = teacher_sigmas(preset, settings.steps)
-    rows = measure(teacher, prompts, shape, sigmas, levels, settings)
+    rows = measure(teacher, prompts, shape, sigmas, settings)
     alpha, reason = propose(rows)
-    lines = [f"{preset.name}, w = {settings.guidance:g}, {len(texts)} prompts × "
-             f"{settings.samples_per_prompt} samples, seed {settings.seed}: guided ÷ not", "",
-             "| σ | spread | within a prompt | share |", "| --- | --- | --- | --- |"]
+    print(f"{preset.name}, w = {settings.guidance:g}, {len(texts)} prompts × "
+          f"{settings.samples_per_prompt} samples, seed {settings.seed}: guided ÷ not\n\n"
+          "| σ | spread | within a prompt | share |\n| --- | --- | --- | --- |")
     for row in rows:
-        lines.append("| {sigma:g} | {spread:.3f} | {within:.3f} | {share:.3f} |".format(**row))
-    lines += ["", f"proposed α: {'none' if alpha is None else f'{alpha:.2f}'}; {reason}"]
-    write_text(Path(settings.out) / "alpha.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+        print("| {sigma:g} | {spread:.3f} | {within:.3f} | {share:.3f} |".format(**row))
+    print(f"\nproposed α: {'none' if alpha is None else f'{alpha:.2f}'}; {reason}")
 
 
 if __name__ == "__main__":

@@ -3,20 +3,15 @@
     python -m tools.find_span --checkpoint runs/tiny-stage1 --nfe 1.67
 
 Two tables. The first tells for each block how much its residual, what the block adds to the image
-and to the text, changes from step one to step two: a block that does the same again can be skipped.
-The second tries each span of the wanted width: step two with the span's Δ0 reused as it is, without
-f, against step two in full. The span with the smallest error is proposed.
-
-The paper plots a "reuse error" and does not define it. --error chooses between two readings [ours]:
-squared    blocks: mean squared change; spans: |v_reused − v|₂ ÷ |v|₂ of step two's velocity
-l1         blocks: Σ|change| ÷ Σ|residual of step one|, the relative L1 distance that the authors
-           plot elsewhere (X-Slim, arXiv 2512.12604); spans: the same with L1 norms
-Squared, a block with large residuals looks bad although its change may be small beside them.
+and to the text, changes from step one to step two (mean squared change): a block that does the same
+again can be skipped. The second tries each span of the wanted width: step two with the span's Δ0
+reused as it is, without f, against step two in full, |v_reused − v| ÷ |v|. The span with the
+smallest error is proposed. The paper plots a "reuse error" and does not define it; both measures
+are [ours].
 
 Dimension key: B batch, C latent channels, H W latent size, T image tokens, L text tokens, D width.
 """
 
-import contextlib
 import dataclasses
 
 from run import UserError, command, option, parse_settings, read_settings, rng
@@ -33,42 +28,31 @@ from sampler import image_noise, roll_out, sigma_grid
 class Settings:
     checkpoint: str = option(None, "run folder whose student is measured")
     nfe: float = option(1.67, "wanted network evaluations of two steps", low=1, high=2)
-    error: str = option("squared", "how a change is measured", choices=("squared", "l1"))
     samples: int = option(64, "roll-outs to measure on", low=1, high=100_000)
     batch_size: int = option(16, "roll-outs at a time", low=1, high=10_000)
     seed: int = option(7, "seed of their noises and prompts", low=0, high=2**31 - 1)
-    out: str = option("reuse_error.png", "the plot, if matplotlib is installed")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
     debug: bool = option(False, "show tracebacks")
 
 
-def change(later, before, error):
-    """How far a residual has changed, a number."""
-    later, before = later.float(), before.float()
-    if error == "l1":
-        return ((later - before).abs().sum() / before.abs().sum()).item()
-    return (later - before).square().mean().item()
-
-
-def reuse_errors(student, x0, x1, prompt, sigmas, error="squared"):
-    """{"image", "text": [blocks − 1]}: change of each block's own residual from step one (x0 at
-    sigmas[0]) to step two (x1 at sigmas[1])."""
-    errors = {"image": [], "text": []}
+def reuse_errors(student, x0, x1, prompt, sigmas):
+    """(image, text), lists of blocks − 1 numbers: change of each block's own residual from step one
+    (x0 [B, C, H, W] at sigmas[0]) to step two (x1 at sigmas[1])."""
+    of_image, of_text = [], []
     # The last block is left out: it returns no text, and no span may hold it.
     for i in range(len(student.transformer_blocks) - 1):
         # Δ0 of a span of one block is what that block adds: image [B, T, D] and text [B, L, D].
         # Each step at its own latents and level, as when the student samples.
         _, before = velocity(student, x0, sigmas[0].item(), prompt, span=(i, i))
         _, later = velocity(student, x1, sigmas[1].item(), prompt, span=(i, i))
-        errors["image"].append(change(later[0], before[0], error))
-        errors["text"].append(change(later[1], before[1], error))
-    return errors
+        of_image.append((later[0].float() - before[0].float()).square().mean().item())
+        of_text.append((later[1].float() - before[1].float()).square().mean().item())
+    return of_image, of_text
 
 
-def span_errors(student, spans, x0, x1, prompt, sigmas, error="squared"):
+def span_errors(student, spans, x0, x1, prompt, sigmas):
     """For each span the relative error |v_reused − v| ÷ |v| of the second step's velocity when the
     span's Δ0 is reused as it is."""
-    norm = 1 if error == "l1" else 2
     # This error sees what the blocks' own do not: how much the later blocks make of it.
     full, _ = velocity(student, x1, sigmas[1].item(), prompt)             # B×C×H×W
     errors = []
@@ -76,24 +60,24 @@ def span_errors(student, spans, x0, x1, prompt, sigmas, error="squared"):
         # Step one records the span's Δ0, step two takes it as it is: the worst case, without f.
         _, delta = velocity(student, x0, sigmas[0].item(), prompt, span)
         reused, _ = velocity(student, x1, sigmas[1].item(), prompt, span, delta)  # B×C×H×W
-        errors.append(((reused - full).norm(norm) / full.norm(norm)).item())
+        errors.append(((reused - full).norm() / full.norm()).item())
     return errors
 
 
 @torch.no_grad()
 def measure(student, prompts, spans, settings, shape, sigmas):
-    """{"image", "text", "span": errors}, each the mean over the samples."""
-    total = {"image": 0, "text": 0, "span": 0}
+    """The blocks' errors (image, text) and the spans', lists, each the mean over the samples."""
+    total = [0, 0, 0]
     for part in torch.arange(settings.samples).split(settings.batch_size):
         x0 = image_noise(settings.seed, part, shape).to(prompts.device)   # B×C×H×W
         prompt = prompts.take(part)                       # B×L×J and B×P
         latents, _, _ = roll_out(student, x0, prompt, sigmas[:2])
         x1 = latents[1]                                   # where the student itself has come to
-        found = reuse_errors(student, x0, x1, prompt, sigmas, settings.error)
-        found["span"] = span_errors(student, spans, x0, x1, prompt, sigmas, settings.error)
-        for name, values in found.items():
-            total[name] += torch.tensor(values) * len(part) / settings.samples
-    return {name: values.tolist() for name, values in total.items()}
+        found = [*reuse_errors(student, x0, x1, prompt, sigmas),
+                 span_errors(student, spans, x0, x1, prompt, sigmas)]
+        for i, errors in enumerate(found):
+            total[i] += torch.tensor(errors) * len(part) / settings.samples
+    return [errors.tolist() for errors in total]
 
 
 @command
@@ -116,34 +100,19 @@ def main(argv):
     width = min(max(1, round((2 - settings.nfe) * blocks)), blocks - 1)
     spans = [(n, n + width - 1) for n in range(blocks - width)]     # never the last block
     sigmas = sigma_grid(run["steps"])
-    errors = measure(student, prompts, spans, settings, run["latent_shape"], sigmas)
-    best = spans[errors["span"].index(min(errors["span"]))]     # of equal ones the earliest
+    of_image, of_text, of_spans = measure(student, prompts, spans, settings, run["latent_shape"],
+                                          sigmas)
+    best = of_spans.index(min(of_spans))                  # of equal ones the earliest
 
-    name, norm = "mean squared", "relative"
-    if settings.error == "l1":
-        name = norm = "relative L1"
-    print(f"block   image error   text error    ({name} change of the block's residual)")
-    for i, (image, text) in enumerate(zip(errors["image"], errors["text"], strict=True)):
+    print("block   image error   text error")
+    for i, (image, text) in enumerate(zip(of_image, of_text, strict=True)):
         print(f"{i:5}{image:14.4f}{text:13.4f}")
     # All spans of that width, not the best alone: neighbours are often nearly as good.
-    print(f"\nspans of {width} blocks, {nfe(2, best, blocks):.3f} NFE, {norm} error of the second "
-          "step when Δ0 is reused as it is")
-    for span, error in zip(spans, errors["span"], strict=True):
-        mark = "  <- proposed" if span == best else ""
-        print(f"{span[0]:5}-{span[1]:<4}{error:8.4f}{mark}")
-
-    with contextlib.suppress(ImportError):
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
-        axes = figure.subplots()
-        # Logarithmic: squared errors of early and late blocks differ by a factor of twenty.
-        for stream in ("image", "text"):
-            axes.semilogy(errors[stream], "o-", label=stream)
-        axes.axvspan(best[0] - 0.5, best[1] + 0.5, alpha=0.15, label="proposed span")
-        axes.set(xlabel="block", ylabel=f"{name} change (low is good)")
-        axes.legend()
-        figure.savefig(settings.out, dpi=120)
-        print(settings.out)
+    print(f"\nspans of {width} blocks, {nfe(2, spans[best], blocks):.3f} NFE: error of step two "
+          "when Δ0 is reused as it is")
+    for i, ((first, last), error) in enumerate(zip(spans, of_spans, strict=True)):
+        mark = "  <- proposed" if i == best else ""
+        print(f"{first:5}-{last:<4}{error:8.4f}{mark}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import pytest
 from run import parse_settings
 
 import torch
-from safetensors.torch import load_file
 
 import cache
 import model
@@ -82,10 +81,9 @@ def test_the_commands_of_the_claims_are_commands(capsys):
                                            "evaluate.py"].index)
 
 
-def test_the_span_that_is_proposed_has_the_smallest_error(finished, tmp_path, capsys):
+def test_the_span_that_is_proposed_has_the_smallest_error(finished, capsys):
     """Catches a width that does not give the wanted evaluations, and the largest error."""
-    find_span.main(["--checkpoint", str(finished), "--samples", "2", "--nfe", "1.75",
-                    "--out", str(tmp_path / "x.png")])
+    find_span.main(["--checkpoint", str(finished), "--samples", "2", "--nfe", "1.75"])
     text = capsys.readouterr().out
     spans = re.findall(r"(\d+)-(\d+) +([\d.]+)(.*)", text.split("spans of")[1])
     assert len(spans) == 9 and all(int(m) - int(n) == 2 for n, m, _, _ in spans)
@@ -237,15 +235,12 @@ def test_the_commands_and_files_of_the_experiments_are_there():
 
 
 def test_the_diffs_of_the_losses_do_what_the_page_says(tmp_path):
-    """Guidance at levels on both sides of each bound, and the hinge by hand."""
+    """Guidance at levels on both sides of each bound."""
     sigma = torch.tensor([1.0, 0.98, 0.979, 0.95, 0.94, 0.8, 0.75, 0.5, 0.1])
     for name, on in {"interval": "000011000", "upside_down": "111100000",
                      "preshift": "001111111"}.items():
         weight = loaded(patched(name, tmp_path)).guidance_weight(sigma, 4.0, 0.94)
         assert weight.tolist() == [4.0 if one == "1" else 1.0 for one in on], name
-    hinge = loaded(patched("hinge", tmp_path))
-    one, two = torch.tensor([[2.0, 0.5]]), torch.tensor([[-3.0, 1.0]])
-    assert hinge.discriminator_loss([one], [two]) == 0.25 + 1 and hinge.generator_loss([two]) == 1
 
 
 def test_half_the_side_gives_a_whole_velocity(tmp_path):
@@ -289,8 +284,8 @@ def test_the_diffs_of_the_cache_do_what_the_page_says(tmp_path, teacher, prompts
     assert torch.dist(samples[0], samples[1]) < 1e-3 and torch.dist(samples[0], samples[2]) > 0.1
 
 
-def test_the_diffs_of_the_trainings_do_what_the_page_says(tmp_path, prompts, no_pictures):
-    """The guidance of the references; and two steps of the fake score in one iteration."""
+def test_the_diffs_of_the_references_do_what_the_page_says(tmp_path, prompts):
+    """The guidance of the teacher that makes them."""
     for name, wanted in {"references_guided": (4, 1), "references_unguided": (1, 1)}.items():
         stage2, seen = loaded(patched(name, tmp_path)), []
         stage2.sample_guided = lambda *words, w=4, alpha=1: seen.append((w, alpha)) or words[1:3]
@@ -298,10 +293,6 @@ def test_the_diffs_of_the_trainings_do_what_the_page_says(tmp_path, prompts, no_
         stage2.make_references(stage2.Settings(references=2), model.PRESETS["tiny"], stage1,
                                prompts, torch.tensor([0, 1]), decode=torch.clone)
         assert seen == [wanted]
-    loaded(patched("two_fake", tmp_path)).main(
-        ["--batch-size", "4", "--iterations", "1", "--out", str(tmp_path / "run")])
-    state = load_file(tmp_path / "run" / "checkpoint-000001" / "fake_score_optimizer.safetensors")
-    assert {int(value) for name, value in state.items() if name.endswith(".step")} == {2}
 
 
 @pytest.mark.slow
