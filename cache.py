@@ -6,9 +6,9 @@ In step one the residual of a span of blocks n..m is recorded, of the image and 
                                  the steps from 0, as in the paper: 0 is step one
 In step two the span is skipped, and a small MLP f for each stream makes from Δ0 what is added:
     O_m,1 = I_n,1 + f(Δ0)        f(x) = x + W2·GELU(W1·LayerNorm(x))
-f is trained on the picture that comes out; no loss asks it for step two's own residual. In the
-miniature f(Δ0) is no nearer to that residual than Δ0 is, and the pictures are better (part 4 of
-docs/walkthrough.ipynb).
+f is trained on the picture that comes out, by the adversarial loss alone. It is not regressed on
+step two's own residual: in the miniature f(Δ0) is no nearer to that one than Δ0 is, and yet the
+pictures are better (part 4 of docs/walkthrough.ipynb).
 
 This file holds f, the transformer's forward written out with the span in it (CachedSD3), and an
 adapter that takes the cached path inside a stock pipeline (BlockCache). It imports nothing of ours,
@@ -129,8 +129,9 @@ class CachedSD3(SD3Transformer2DModel):
             if reuse and first <= i <= last:
                 continue
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                # Keeps the block's inputs only and runs it again in backward: less memory, a third
-                # more time. diffusers' own switch, enable_gradient_checkpointing().
+                # torch.utils.checkpoint, switched on by diffusers' enable_gradient_checkpointing():
+                # keeps the block's inputs only and runs it again in backward. Less memory, a third
+                # more time.
                 text, image = self._gradient_checkpointing_func(block, image, text, temb)
             else:
                 text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb)
@@ -178,7 +179,7 @@ def apply_compensation(f, delta):
 class SamplePath(threading.local):
     """What a BlockCache keeps between the calls of a sample path; each thread has its own."""
     delta = prompt = shape = timestep = None
-    left = 0                                              # steps of the path that are to come
+    steps_left = 0                                        # of the path
 
 
 class BlockCache:
@@ -205,14 +206,16 @@ class BlockCache:
         if not isinstance(transformer, SD3Transformer2DModel):
             raise ValueError("a block cache needs an SD3Transformer2DModel as it is, not "
                              f"{type(transformer).__name__} (compile its blocks, not the whole)")
-        # Is forward still the method of its class?
+        # Is forward still the method of its class? Another cache, or offloading, has put its own
+        # into the object.
         if getattr(transformer.forward, "__func__", None) is not type(transformer).forward:
             raise ValueError("this transformer's forward was replaced: remove() the other cache "
                              "first; make the cache before the pipeline is offloaded")
         self.span = check_span(span, len(transformer.transformer_blocks))
         self.transformer, self.f, self.steps = transformer, f, steps
         self.path = SamplePath()
-        transformer.forward = self                        # of this one object, not of its class
+        # Of this one object, not of its class: a module's call looks for self.forward.
+        transformer.forward = self
 
     def remove(self):
         """Takes the cache off: the transformer is the stock one again. Nothing happens when it is
@@ -240,18 +243,18 @@ class BlockCache:
                 raise ValueError(f"{name} does not go together with a block cache; remove() the "
                                  "cache or leave it out")
         path, now = self.path, float(timestep.max())
-        later = (path.left > 0 and encoder_hidden_states is path.prompt
-                 and hidden_states.shape == path.shape and now < path.timestep)
-        if not later:
+        continues = (path.steps_left > 0 and encoder_hidden_states is path.prompt
+                     and hidden_states.shape == path.shape and now < path.timestep)
+        if not continues:
             self.forget()
-            path.left = self.steps
+            path.steps_left = self.steps
             # With guidance a pipeline asks for each latent twice, with and without the prompt.
             half = len(hidden_states) // 2
             if half and torch.equal(hidden_states[:half], hidden_states[half:]):
                 warnings.warn("every latent comes twice, as guidance_scale above 1 does it; a "
                               "distilled student has learnt its guidance: pass guidance_scale=1.0",
                               stacklevel=2)
-        path.left -= 1
+        path.steps_left -= 1
         # CachedSD3's forward needs nothing but the stock sub-modules, so it runs on a stock object.
         velocity, path.delta = CachedSD3.forward(
             self.transformer, hidden_states, encoder_hidden_states, pooled_projections, timestep,

@@ -6,8 +6,9 @@
     python evaluate.py --model sd3-medium --checkpoint RUN --prompts FILE --out results/medium
 
 Each row of the table is one way of making pictures: the teacher in 51 network evaluations, a run in
-1.67, that run without its cache. All rows sample the same prompts from the same start noises. Then
-a meter looks at the pictures; in the miniature world it is the exact reader (tiny/world.py):
+1.67, that run without its cache. All rows but the data sample the same prompts from the same start
+noises. Then a meter looks at the pictures; in the miniature world it is the exact reader
+(tiny/world.py):
 
     right                share of pictures that show the caption's shape and colour; 1 is best
     usual_scene          share of pictures on the shape's usual scene; data 0.55, collapse 1
@@ -16,14 +17,15 @@ a meter looks at the pictures; in the miniature world it is the exact reader (ti
     read_error           mean RMS distance of a picture from the nearest true one; data 0
     speckled             share of pictures with specks away from the outline, where that distance
                          is above 0.02
-    diversity            mean distance of a prompt's pictures from each other, in features
+    diversity            mean distance of a prompt's pictures from each other, in the features of a
+                         vision network
     frechet_to_teacher   distance of all pictures from those of the α-guided teacher; 0 is best
     frechet_to_data      the same from freshly drawn pictures
 
 Real models have CLIP score, PickScore and LPIPS instead of the first five (tools/real_metrics.py).
-Seconds count sampling and decoding, not the text encoders; speedup is against the teacher's 28 × 2
-(--teacher all). Brackets are 95 % intervals over prompts. Read main() first: it goes through all
-this in order.
+Seconds count sampling and decoding, not the text encoders; speedup is against the teacher's 28 × 2,
+and empty without --teacher all. Brackets are 95 % intervals over prompts. Read main() first: it
+goes through all this in order.
 
 Dimension key: P prompts, n pictures for each, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """
@@ -106,7 +108,6 @@ def resolve(settings):
         # All rows start from the same noises, so these need one shape.
         if run["latent_shape"] != runs[folders[0]]["latent_shape"]:
             raise UserError(f"{folder} makes pictures of another size than {folders[0]}")
-    # Rows are named after their run's folder.
     if len({folder.name for folder in runs}) < len(runs):
         raise UserError("two of the runs have the same name; the table could not tell them apart")
     texts = choose_prompts(preset, settings.prompts)
@@ -136,7 +137,7 @@ class TinyMeter(torch.nn.Module):
         # The reader compares a picture with all that the world can draw. It has no weights, so no
         # training can fool it.
         read = measure(pictures, torch.full((len(pictures),), CAPTIONS.index(prompt)))
-        values = {"right": read["correct"].mean(), "usual_scene": read["usual"].mean(),
+        values = {"right": read["right"].mean(), "usual_scene": read["usual_scene"].mean(),
                   "scene_entropy": read["scene_entropy"],
                   "read_error": read["read_error"].mean(), "speckled": read["speckled"].mean()}
         x = pictures.to(self.metric_backbone.device) * 2 - 1              # to [−1, 1]
@@ -219,8 +220,8 @@ class Measured:
 class Rows:
     """The rows of the table so far, {column: value}, and what the meter found in each.
 
-    In every row picture j shows prompt j // n and starts from noise j of --seed. So two rows differ
-    by what made them and not by luck.
+    In every row but the data's picture j shows prompt j // n and starts from noise j of --seed. So
+    two rows differ by what made them and not by luck.
     """
 
     def __init__(self, settings, preset, texts, shape, device, meter):
@@ -282,21 +283,21 @@ class Rows:
             paths.append(("teacher, no guidance", stock, 1.0, 1.0))
             paths.append((f"teacher at {steps} steps, not distilled", own, 1.0, 1.0))
         teacher = load_transformer(self.preset, frozen_on=self.device).to(self.device)
-        for name, sigmas, guidance, a in paths:
-            def sample(noise, prompt):
+        for name, sigmas, guidance, row_alpha in paths:
+            def sample(noise, prompt):                    # called within this round of the loop
                 uncond = self.prompts.uncond(len(noise))
-                return sample_guided(teacher, noise, prompt, uncond, sigmas, guidance, a)[0]
+                return sample_guided(teacher, noise, prompt, uncond, sigmas, guidance, row_alpha)[0]
             # A step costs one evaluation, and a second one where guidance is on: 51 at α = 0.94.
-            guided = guidance_weight(sigmas[:-1], guidance, a) != 1       # steps
+            guided = guidance_weight(sigmas[:-1], guidance, row_alpha) != 1       # steps
             passes = len(guided) + int(guided.sum())
-            recipe = {"steps": len(guided), "guidance": guidance, "alpha": a, "span": None,
+            recipe = {"steps": len(guided), "guidance": guidance, "alpha": row_alpha, "span": None,
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             self.add(name, recipe, (passes, passes), sample)
         return self.measured[-len(paths)]
 
     def add_run(self, folder, run, stage2_span):
-        """A run's rows, one for each of its paths. stage2_span, as text, is what the Stage II of a
-        Stage I run skips, or None."""
+        """A run's rows, one for each of its paths. stage2_span, of a Stage I run: the span, such as
+        "1-4", that its Stage II run skips, or None."""
         student, span, f = load_student(folder, run, self.preset, self.device)
         if run["stage"] == 1 and stage2_span:
             span = parse_span(stage2_span, len(student.transformer_blocks))
@@ -304,17 +305,17 @@ class Rows:
         if self.settings.own_path:
             paths = paths[:1]
         sigmas = sigma_grid(run["steps"])
-        for suffix, skipped, correction in paths:
+        for suffix, row_span, row_f in paths:
             def sample(noise, prompt):                    # called within this round of the loop
-                latents, _, _ = roll_out(student, noise, prompt, sigmas, skipped, correction)
+                latents, _, _ = roll_out(student, noise, prompt, sigmas, row_span, row_f)
                 return latents[-1]
             recipe = {"run": os.path.relpath(folder), "path": suffix,
-                      "span": f"{skipped[0]}-{skipped[1]}" if skipped else None,
+                      "span": f"{row_span[0]}-{row_span[1]}" if row_span else None,
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             for key in ("stage", "finished", "steps", "guidance", "alpha"):
                 recipe[key] = run[key]
-            count = count_nfe(self.preset, skipped, run["steps"])
-            without_f = correction is None or correction is NOTHING
+            count = count_nfe(self.preset, row_span, run["steps"])
+            without_f = row_f is None or row_f is NOTHING
             flops = count["flops" if without_f else "flops_with_f"]
             self.add(folder.name + suffix, recipe, (count["blocks"], flops), sample)
 
@@ -345,8 +346,8 @@ def run_paths(stage, span, f):
     """(suffix of the row's name, span, f) for each path that a run's student can take. First comes
     its own, the one that it was trained for; the others show what that training gains."""
     if stage == 1:
-        # This student never met a cache. What does it lose with an untrained one? Little when Δ0
-        # is reused as it is, very much when nothing stands in the span's place.
+        # This student never met a cache. What does it lose with an untrained one? A few points when
+        # Δ0 is reused as it is, very much when nothing stands in the span's place.
         paths = [("", None, None)]
         if span:
             paths.append((", plain reuse", span, None))
@@ -432,7 +433,7 @@ def main(argv):
     device, out = pick_device(preset, settings.device), Path(settings.out)
     n = settings.samples_per_prompt
     tiny_world = preset.is_tiny
-    leader = next(iter(runs.values()))                    # first run: its w guides the teacher
+    first_run = next(iter(runs.values()))                 # its w guides the teacher
 
     # ------------------------------------------------------------- the protocol
     if tiny_world:
@@ -446,19 +447,19 @@ def main(argv):
     # the seconds.
     protocol = {"model": preset.name, "seed": settings.seed, "samples_per_prompt": n,
                 "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-                "images": n * len(texts), "latent_shape": leader["latent_shape"],
+                "images": n * len(texts), "latent_shape": first_run["latent_shape"],
                 "device": str(device), **versions(), "resize": meter.resize, "frechet_to": None}
     if settings.teacher != "no":
-        protocol["frechet_to"] = {"steps": TEACHER_STEPS, "guidance": leader["guidance"],
+        protocol["frechet_to"] = {"steps": TEACHER_STEPS, "guidance": first_run["guidance"],
                                   "alpha": settings.alpha}
 
     # ------------------------------------------------------------- sample and measure, row by row
-    sampled = Rows(settings, preset, texts, leader["latent_shape"], device, meter)
+    sampled = Rows(settings, preset, texts, first_run["latent_shape"], device, meter)
     data = teacher = None
     if tiny_world:
         data = sampled.add_data()
     if settings.teacher != "no":
-        teacher = sampled.add_teacher(leader["guidance"], settings.alpha, leader["steps"])
+        teacher = sampled.add_teacher(first_run["guidance"], settings.alpha, first_run["steps"])
     # A Stage I run is also shown with the span that its Stage II run, if there is one, skips.
     spans = {}                                            # {name of the Stage I run: span as text}
     for run in runs.values():
@@ -467,26 +468,26 @@ def main(argv):
     for folder, run in runs.items():
         sampled.add_run(folder, run, spans.get(folder.name))
     rows, measured = sampled.rows, sampled.measured
-    slowest = None                                        # seconds of the paper's baseline, 28 × 2
-    for row in rows:
+    baseline = None                                       # seconds of the paper's baseline, 28 × 2
+    for row in rows:                                      # with --teacher all
         if row["nfe_blocks"] == 2 * TEACHER_STEPS:
-            slowest = slowest or row["seconds_per_image"]
+            baseline = baseline or row["seconds_per_image"]
     for row, found in zip(rows, measured, strict=True):
         row |= found.columns(teacher, data)
         row["by_prompt"] = {}                             # for tools/claims.py, which resamples it
         for name, values in found.by_prompt.items():
             row["by_prompt"][name] = [round(v, 6) for v in values.tolist()]
         seconds = row["seconds_per_image"]
-        row["speedup"] = slowest / seconds if slowest and seconds else None
+        row["speedup"] = baseline / seconds if baseline and seconds else None
 
     # ------------------------------------------------------------- the result
-    text = table(rows)
+    markdown = table(rows)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", {"protocol": protocol, "rows": rows,
                                       "missing": meter.missing})
-    write_text(out / "table.md", text + "\n")
+    write_text(out / "table.md", markdown + "\n")
     save_grid(out / "grid.png", rows, measured)
-    print(text)
+    print(markdown)
     for name, reason in meter.missing.items():
         print(f"{name}: not measured, {reason}")
     print(f"\n{n} samples for each of {len(texts)} prompts; {out}/results.json, {out}/grid.png")

@@ -8,13 +8,16 @@ Conventions of the whole project (rectified flow):
     x_σ = (1 − σ)·x0 + σ·ε       σ in [0, 1]; σ = 1 is noise, σ = 0 is the picture's latent
     v   = ε − x0                 what the network predicts; it points from the picture to noise
     x0  = x_σ − σ·v              so one answer of the network is also a guess of the picture: x̂0
+    score = −(x + (1 − σ)·v)/σ   so a network that predicts v knows the score, too: "fake score"
     timestep = 1000·σ            what the network is told (model.velocity does it)
+    σ = 3u/(1 + 2u)              u is time before the shift; grid index i is u = 1 − i/1000, so
+                                 index 0 is σ = 1
 
 Dimension key: B batch, C latent channels, H W latent size. Latents are [B, C, H, W] and fp32,
 sigmas are [B] (or one number) and fp32.
 
-Of the paper's equations only Eq. 4's number is known; elsewhere a part or a figure is named. With
-the paper in hand, find here what computes it, and the test in test_all.py that pins it
+We do not have the paper's body: only Eq. 4 can be cited by its number, the rest by part or figure.
+With the paper in hand, find here what computes it, and the test in test_all.py that pins it
 (`pytest test_all.py -k NAME`):
 
     paper, or official file      function                           NAME of the test
@@ -32,7 +35,7 @@ the paper in hand, find here what computes it, and the test in test_all.py that 
       reuse error                tools/find_span.py                 (tools/test_tools.py)
     Table 1, NFE                 cache.nfe                          papers_numbers
     official processor.py        sampler.sigma_grid                 sigma_grid
-                                 step_end, judged_between           judged
+                                 step_end, renoise_window           compared_between
     official train_stage1.py     fake_score_loss                    fake_score_loss
                                  dmd_loss_official                  huber
     official train_stage2.py     train_stage2.turn_of               turns_are
@@ -106,12 +109,13 @@ def guidance_weight(sigma, w, alpha):
 
     sigma [B] or a number; returns the same shape. Weight 1 is no guidance. This is the rule: Stage
     I, the references of Stage II and the teacher's rows of the evaluation all come here, so whoever
-    wants another rule changes this function and nothing else.
+    wants another rule changes this function and nothing else. (Older runs are then measured against
+    the new rule's teacher, too.)
     """
     # At high noise the layout begins. Guidance there pulls every sample to the most likely layout,
-    # before the guess x̂0 shows one (docs/RESULTS.md). The student, which only sees the guided
-    # teacher, never learns another one. Off at high noise, on below: the layouts stay varied and
-    # the details still get their guidance.
+    # before the guess x̂0 shows one (docs/RESULTS.md). The student sees the guided teacher alone and
+    # never learns the other layouts. Off at high noise, on below: the layouts stay varied and the
+    # details still get their guidance.
     # α is compared with the shifted σ, inclusive, as in the official code (deviation 1: the paper's
     # own t may be unshifted, and u = 0.94 is σ = 0.979).
     return torch.where(torch.as_tensor(sigma) <= alpha, w, 1.0)
@@ -132,7 +136,7 @@ def importance_curve(name):
     """Weights [1001] over the training grid's index (0 = noise) for drawing the student's re-noise
     level (Stage I; a small plot in the paper's overview figure, titled "function-c").
 
-    official  what the released code calls preset c; it is not the plotted curve
+    official  what the official code calls preset c; it is not the plotted curve
     paper     read off that plot; its axis is taken as the unshifted u [ours, deviation 5]
     uniform   every index alike; the fake score always uses this one [official]
     """
@@ -168,12 +172,12 @@ def _interpolate(x, xs, ys):
     return ys[left] + t * (ys[right] - ys[left])
 
 
-# Step k of the student leads from σ_k to σ_k+1. Which of its samples is compared with the
+# Step k of the student leads from σ_k to σ_{k+1}. Which of its samples is compared with the
 # teacher's? There are two readings, and `form` chooses one of them (deviation 2):
-#   "window"   the official code: the sample at σ_k+1, re-noised to a level between σ_k+1 and σ_k.
-#              These levels are the step's window
+#   "window"   the official code: the sample at σ_{k+1}, re-noised to a level between σ_{k+1} and
+#              σ_k. These levels are the step's window
 #   "x0"       the paper's figure: the guess x̂0, whose level is 0, re-noised to any level
-# In the last step both compare the same sample: there σ_k+1 = 0.
+# In the last step both compare the same sample: there σ_{k+1} = 0.
 
 def step_end(k, sigmas, form="window"):
     """The level of the sample that is compared, [B]: where each sample's step k [B] ends. sigmas
@@ -183,28 +187,31 @@ def step_end(k, sigmas, form="window"):
     return sigmas[k + 1]
 
 
-def judged_between(k, sigmas, form="window"):
+def renoise_window(k, sigmas, form="window"):
     """(high, low), each [B]: to which levels the sample of step k [B] may be re-noised, low < σ ≤
     high."""
     if form == "x0":
         return torch.ones(len(k)), torch.zeros(len(k))
-    # Below σ_k+1 the next step takes over; it is drawn, and judged, on its own.
+    # Below σ_{k+1} the next step takes over; it is drawn, and compared, on its own. Of step one's
+    # window, σ from 0.75 to 1, the official curve draws 36 % above α = 0.94: these are the levels
+    # on which Eq. 4 acts.
     return sigmas[k], sigmas[k + 1]
 
 
 def draw_sigma(random, high, low, weights, shift=3.0):
     """Sigmas [B] of the training grid with low < σ ≤ high, drawn with the weights [1001].
 
-    random [B] are uniform numbers in [0, 1); high, low [B] come from judged_between().
+    random [B] are uniform numbers in [0, 1); high, low [B] come from renoise_window().
     """
     grid = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)          # 1001, falling from 1
     # 1. Which grid points lie in each sample's window? high belongs to it, low does not. Float
-    #    error may put either a hair off its grid point: 1e-6 keeps high in and low out.
+    #    error may move either off its grid point by 1e-7: 1e-6 keeps high in and low out.
     below_high = grid <= high[:, None] + 1e-6                             # B×1001
     above_low = grid > low[:, None] + 1e-6                                # B×1001
     inside = below_high & above_low
     assert inside.any(1).all(), "a window without a grid point"
-    # 2. Draw one of them with its weight. Three points of weights 1, 2, 1 have the running sums
+    # 2. Draw one of them with its weight (inverse-CDF sampling, row by row). Three points of
+    #    weights 1, 2, 1 have the running sums
     #    1, 3, 4. A random number in [0, 4) falls into [0, 1), [1, 3) or [3, 4), each as often as it
     #    is wide. Scaling by the last sum renormalises the weights inside the window [official]:
     #    they decide within a step, not between steps.
@@ -227,32 +234,32 @@ def dmd_loss(p, p_teacher, p_fake):
     """
     assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
     # Nobody can compute the divergence between the student's and the teacher's distributions. But
-    # its gradient is, on average over the noise, p_fake − p_teacher up to a weight, as far as the
-    # fake score knows the student's distribution (docs/TEACHING.md derives it). So build a loss
-    # that has this gradient: pretend that the right answer was p + p_teacher − p_fake, and hold it
-    # fixed.
+    # its gradient is the difference of their scores, fake − teacher (docs/TEACHING.md derives it):
+    #     score_fake − score_teacher = (1 − σ)/σ · (v_teacher − v_fake)
+    #     p_fake − p_teacher         = (σ − σ_{k+1}) · (v_teacher − v_fake)
+    # The same direction, another weight. So build a loss with the gradient p_fake − p_teacher:
+    # pretend that the right answer was p + p_teacher − p_fake, and hold it fixed.
     # A descent step moves p to where the teacher points, and away from where the student already
     # is. The printed value is no distance to anything. Watch the gap |v_teacher − v_fake| instead,
     # which train_stage1.py logs.
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # The difference grows with the way back from σ to σ_k+1. So divide by the sample's mean
-        # distance to p_teacher, as DMD does: that distance grows, too. In step one it is nearly all
-        # fresh noise, so it evens out the levels and does not tell how far the student has to go
-        # (measured in docs/RESULTS.md). One mean for each sample (deviation 3: official one for
-        # each image column).
+        # The difference grows with σ − σ_{k+1}. The sample's mean |p − p_teacher| grows alike, so
+        # divide by it, as DMD does: then all levels count about the same. (In step one this
+        # distance is nearly all fresh noise. It does not tell how far the student has to go:
+        # docs/RESULTS.md.) One mean for each sample (deviation 3: official one for each image
+        # column).
         scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
     return (0.5 * (p - target) ** 2 / scale).mean()
 
 
 def dmd_loss_official(p, p_teacher, p_fake):
-    """The released code's loss, for --loss official: the same target, another normaliser and
+    """The official code's loss, for --loss official: the same target, another normaliser and
     another distance (deviations 3 and 4)."""
     assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # The mean runs over dimensions 1 and 2 of B×C×H×W: one weight for each image column, which
-        # looks like the remainder of a B×tokens×C layout.
+        # The mean runs over dimensions 1 and 2 of B×C×H×W: one weight for each image column.
         scale = (p - p_teacher).abs().mean((1, 2), keepdim=True) + EPSILON        # B×1×1×W
     # Pseudo-Huber √(e² + c²) − c. Where |e| is much larger than c its gradient is the sign of e:
     # how far teacher and fake score disagree no longer matters, only in which direction.
@@ -269,8 +276,9 @@ def fake_score_loss(v, x, x0, sigma):
     v is the fake score's velocity at x [B, C, H, W], the re-noised sample at sigma [B]; x0 is the
     student's guess x̂0.
     """
-    # From x_σ the velocity (x_σ − x̂0)/σ leads straight to x̂0. Were the latents bf16, the quotient
-    # would be 5 % off at σ = 0.03 and 59 % at 0.003, the grid's lowest level. So they stay fp32.
+    # The target is the velocity of the straight line through x̂0 (at level 0) and x_σ: an Euler step
+    # with it from σ to 0 lands on x̂0. Were the latents bf16, the quotient would be 5 % off at
+    # σ = 0.03 and 59 % at 0.003, the grid's lowest level. So they stay fp32.
     assert x.dtype == x0.dtype == torch.float32, "latents stay in fp32"
     target = (x - x0) / to_shape(sigma, x)
     return F.mse_loss(v.float(), target)
@@ -285,8 +293,9 @@ LABEL_FAKE = 0.0    # [official]
 def discriminator_loss(reference_logits, picture_logits):
     """L_D = Σ_heads BCE(reference, 0.8) + BCE(picture, 0) [official]; mean over batch and places.
 
-    Both arguments are lists of logits [B, places], one entry for each head. A D that cannot tell
-    them apart does best with p = 0.4 everywhere: 1.35 a head.
+    Both arguments are lists of logits [B, places], one entry for each head; a place is a position
+    of its feature map. A D that cannot tell them apart does best with p = 0.4, the mean of both
+    labels, everywhere: 1.35 a head.
     """
     loss = 0.0
     for reference, picture in zip(reference_logits, picture_logits, strict=True):

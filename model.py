@@ -37,7 +37,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from run import (UserError, any_process, fill_in, full_state, is_main, load_full, newest_student,
+from run import (UserError, barrier, fill_in, full_state, is_main, load_full, newest_student,
                  processes, rng, save_tensors, save_whole, writing)
 
 import torch
@@ -118,8 +118,9 @@ class Decoder:
 # ================================================================== the discriminator (Stage II)
 
 class Head(torch.nn.Module):
-    """Logits [B, places] of a feature map [B, C, H, W] (one for each place) or of pooled features
-    [B, C] (one). Spectral norms bound its slope, so that it cannot become arbitrarily sure."""
+    """Logits [B, places] of a feature map [B, F, h, w] (h·w places, a logit for each) or of pooled
+    features [B, F] (one place). Spectral norms bound its slope, so that it cannot become
+    arbitrarily sure."""
 
     def __init__(self, channels, width, pooled):
         super().__init__()
@@ -134,7 +135,7 @@ class Head(torch.nn.Module):
     def forward(self, features):
         h = torch.nn.functional.leaky_relu(self.hidden(features), 0.2)      # [official] slope 0.2
         if h.ndim == 4:
-            h = h.flatten(2).mT                       # B×width×H×W → B×places×width
+            h = h.flatten(2).mT                       # B×width×h×w → B×places×width
         else:
             h = h[:, None]                            # B×1×width
         return self.logit(h)[..., 0]                                      # B×places
@@ -153,7 +154,7 @@ class Discriminator(torch.nn.Module):
     def __init__(self, preset, seed=0, width=64):
         super().__init__()
         self.backbone = load_backbone(preset.discriminator).requires_grad_(False)
-        # The backbone was trained on pictures normalised like this; others would blind it.
+        # The backbone was trained on pictures normalised like this.
         self.register_buffer("mean", torch.tensor(preset.picture_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preset.picture_std)[:, None, None])
         channels = self.backbone.channels
@@ -194,7 +195,7 @@ class Prompts:
         if is_main() and not any(read_metadata(file) == about for file in files):
             embeds, pooled = encode_prompts(preset, everything, device)
             save_tensors(files[0], {"embeds": embeds, "pooled": pooled}, about)
-        any_process(False)                                # a barrier: the others wait here
+        barrier()                                         # the others wait for the file
         file = next(file for file in files if read_metadata(file) == about)
         encoded = load_file(file)                         # mapped into memory, not read
         self.embeds, self.pooled = encoded["embeds"], encoded["pooled"]

@@ -248,8 +248,13 @@ def gather(part):
 
 
 def any_process(flag):
-    """Whether flag is set in any process. Also a meeting point: all wait here for each other."""
+    """Whether flag is set in any process."""
     return bool(gather(torch.tensor([int(flag)])).any())
+
+
+def barrier():
+    """All processes wait here for each other."""
+    any_process(False)
 
 
 def micro_batches(batch, parts):
@@ -513,7 +518,7 @@ class Run:
                                 "--iterations")
         self.done = 0 < settings["iterations"] <= self.result
         self.replace = overwrite and saved.exists()
-        any_process(False)                                # all have looked before one writes
+        barrier()                                         # all have looked before one writes
         if is_main() and self.replace:
             (self.folder / "prompts.safetensors").unlink(missing_ok=True)
         elif is_main() and not self.done:
@@ -535,7 +540,7 @@ class Run:
         tells one uninterrupted story."""
         if is_main() and self.replace:                    # only now that all else has been loaded
             self._clear()
-        any_process(False)                                # the others look after that
+        barrier()                                         # the others look after that
         iteration = newest_iteration(self.folder)
         if is_main():
             self._cut_metrics(iteration)
@@ -651,7 +656,7 @@ class Run:
             draw_curves(self.folder)
         else:
             write(self.folder)                            # gives its pieces, writes nothing
-        any_process(False)
+        barrier()
         if stop and not last:
             print(f"\nstopped after iteration {iteration}, saved; run the same command again to "
                   "go on")

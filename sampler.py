@@ -99,7 +99,7 @@ def roll_out(student, x, prompt, sigmas, span=None, f=None):
     return latents, velocities, delta
 
 
-# ================================================================== the teacher: 28 × 2 evaluations
+# ================================================================== the teacher: 28 guided steps
 
 def guided_velocity(teacher, x, sigma, prompt, uncond, w, alpha):
     """The teacher's velocity [B, C, H, W] by Eq. 4; sigma [B] or a number, prompt and uncond
@@ -174,7 +174,7 @@ class Gallery:
             return {}                                     # captions only, each of them once
         captions = torch.tensor([CAPTIONS.index(text) for text in texts])
         found = measure(pictures, captions.repeat_interleave(self.size))
-        return {"right": found["correct"].mean(),
+        return {"right": found["right"].mean(),
                 f"scene_entropy_{self.size}": found["scene_entropy"].mean()}
 
 
@@ -192,7 +192,6 @@ def save_pictures(pictures, path, columns):
     # Enlarged without smoothing: what is blurred in the result is blurred by the model.
     scale = max(1, 96 // h)
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
-    # Whole or not at all: a viewer never meets half a picture.
     replace_file(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 

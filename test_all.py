@@ -43,7 +43,7 @@ import train_stage2
 from cache import NOTHING, BlockCache, CachedSD3, make_compensation, nfe
 from losses import (discriminator_loss, dmd_loss, dmd_loss_official, draw_sigma, euler,
                     fake_score_loss, generator_loss, guidance_weight, guide, importance_curve,
-                    judged_between, renoise, shift_sigma, step_end, x0_from_velocity)
+                    renoise_window, renoise, shift_sigma, step_end, x0_from_velocity)
 from tiny.world import CAPTIONS, draw, sample_labels, templates
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
@@ -315,17 +315,17 @@ def test_share_of_draws_without_guidance_is_the_derived_one():
     """18.2 % of a two-step student's draws lie above α = 0.94, 12.0 % above 0.96. Catches α on the
     unshifted axis."""
     u, k = torch.arange(1000).repeat_interleave(2) / 1000, torch.arange(2000) % 2
-    sigma = draw_sigma(u, *judged_between(k, sampler.sigma_grid(2)), importance_curve("official"))
+    sigma = draw_sigma(u, *renoise_window(k, sampler.sigma_grid(2)), importance_curve("official"))
     assert (sigma > 0.94).float().mean().item() == pytest.approx(0.182, abs=0.002)
     assert (sigma > 0.96).float().mean().item() == pytest.approx(0.120, abs=0.002)
 
 
-def test_a_step_is_judged_between_its_own_ends_and_the_x0_form_at_all_levels():
+def test_a_step_is_compared_between_its_own_ends_and_the_x0_form_at_all_levels():
     """Catches the neighbouring step's window. The two forms agree where the last step ends."""
     sigmas, k = sampler.sigma_grid(2), torch.tensor([0, 1])
-    high, low = judged_between(k, sigmas)
+    high, low = renoise_window(k, sigmas)
     assert high.tolist() == [1, 0.75] and low.tolist() == step_end(k, sigmas).tolist() == [0.75, 0]
-    high, low = judged_between(k, sigmas, "x0")
+    high, low = renoise_window(k, sigmas, "x0")
     assert high.tolist() == [1, 1] and low.tolist() == step_end(k, sigmas, "x0").tolist() == [0, 0]
 
 
@@ -459,7 +459,7 @@ def test_each_turn_of_stage_one_is_its_formulas(options, turns1, prompts, tmp_pa
     u = 1 - torch.arange(N + 1) / N
     sigmas = 3 * u / (1 + 2 * u)
     batch = train_stage1.draw_batch(1, settings, SHAPE, sigmas, texts)
-    prompt, empty = prompts.take(batch["prompt"]), prompts.uncond(8)
+    prompt, empty = prompts.take(batch["prompt_index"]), prompts.uncond(8)
 
     # The student's own path from the noise.
     student, each = stock_net(student_turn["weights"]["student"]), torch.arange(8)
@@ -549,7 +549,7 @@ def test_no_two_iterations_draw_the_same():
 
 
 def test_the_values_of_stage_one_are_the_documented_ones():
-    """The release's, and the paper's α. Catches a constant that somebody tuned."""
+    """The official code's, and the paper's α. Catches a constant that somebody tuned."""
     values = {"iterations": 500, "batch_size": 64, "student_lr": 5e-6, "fake_lr": 4e-5,
                 "alpha": 0.94, "guidance": 7.0}
     assert values.items() <= train_stage1.SD3.items()
@@ -1016,11 +1016,11 @@ def test_each_discriminator_turn_is_its_formulas(i, stage2, prompts, decode):
     turn, batch = stage2.turns[i], stage2.batch(i)
     references = references_of(stage2.folder)
     with torch.no_grad():
-        prompt = prompts.take(stage2.reference_prompts[batch["noise_number"]])
-        _, _, sample = cached_path(turn, stage2.noise(batch["noise_number"]), prompt)
+        prompt = prompts.take(stage2.reference_prompts[batch["noise_index"]])
+        _, _, sample = cached_path(turn, stage2.noise(batch["noise_index"]), prompt)
         picture = decode(sample)
     discriminator = judge(turn, stage2.settings.seed)
-    of_reference = discriminator(references[batch["noise_number"]] / 255)
+    of_reference = discriminator(references[batch["noise_index"]] / 255)
     of_picture = discriminator(picture)
     loss = cross_entropy(of_reference, 0.8) + cross_entropy(of_picture, 0.0)
     loss.backward()
@@ -1040,8 +1040,8 @@ def test_each_generator_turn_is_its_formulas(i, stage2, prompts, decode):
     a label of 0, a gradient through step one, f on the wrong stream, a turn that begins with the
     gradient of the one before."""
     turn, batch = stage2.turns[i], stage2.batch(i)
-    net, f, sample = cached_path(turn, stage2.noise(batch["noise_number"]),
-                                 prompts.take(batch["prompt"]))
+    net, f, sample = cached_path(turn, stage2.noise(batch["noise_index"]),
+                                 prompts.take(batch["prompt_index"]))
     cross_entropy(judge(turn, stage2.settings.seed)(decode(sample)), 0.8).backward()
     assert turn["limit"] == 2.0
     assert_close(turn["gradients"]["student"], gradients(net))
@@ -1082,7 +1082,7 @@ def test_stage_twos_micro_batches_give_the_gradients_of_the_batch(stage2, finish
 
 
 def test_the_values_of_stage_two_are_the_documented_ones():
-    """The release's, and the paper's warm-up. Catches a constant that somebody tuned."""
+    """The official code's, and the paper's warm-up. Catches a constant that somebody tuned."""
     values = {"iterations": 4000, "batch_size": 32, "student_lr": 1e-5, "compensation_lr": 1e-3,
                 "discriminator_lr": 1e-5, "warmup": 500}
     assert values.items() <= train_stage2.SD3.items()
@@ -1122,8 +1122,8 @@ def test_no_two_turns_draw_the_same(stage2):
     """Noises and prompts, of D's turns and of G's. Catches an iteration left out of the seed."""
     for i, j in ((1, 2), (0, 3)):
         one, other = stage2.batch(i), stage2.batch(j)
-        assert not torch.equal(one["noise_number"], other["noise_number"])
-        assert not torch.equal(one["prompt"], other["prompt"])
+        assert not torch.equal(one["noise_index"], other["noise_index"])
+        assert not torch.equal(one["prompt_index"], other["prompt_index"])
 
 
 def test_the_generator_never_meets_the_noise_of_a_reference(stage2):
@@ -1133,10 +1133,11 @@ def test_the_generator_never_meets_the_noise_of_a_reference(stage2):
     for i in range(300):
         batch = stage2.batch(i)
         if i % 3:
-            assert (batch["noise_number"] < 8).all()
-            assert torch.equal(batch["prompt"], stage2.reference_prompts[batch["noise_number"]])
+            assert (batch["noise_index"] < 8).all()
+            prompt_index = stage2.reference_prompts[batch["noise_index"]]
+            assert torch.equal(batch["prompt_index"], prompt_index)
         else:
-            fresh += batch["noise_number"].tolist()
+            fresh += batch["noise_index"].tolist()
     assert min(fresh) >= 8 and len(set(fresh)) == len(fresh) == 400
 
 
@@ -1235,9 +1236,9 @@ def test_the_exact_reader_reads_what_was_drawn():
     template, colour, scene = sample_labels(96, seeded(), captions)
     pictures = draw(template, colour, scene)
     found = evaluate.measure(pictures, captions)
-    assert found["correct"].all() and (found["read_error"] < 1e-3).all()
+    assert found["right"].all() and (found["read_error"] < 1e-3).all()
     assert not found["speckled"].any()
-    assert not evaluate.measure(pictures, captions.roll(4))["correct"].any()
+    assert not evaluate.measure(pictures, captions.roll(4))["right"].any()
     # A corner 0.3 too bright in the first picture; in the second, a shape's edge.
     pictures[0, :, :4, :4] -= 0.3
     edge = templates()[0][template[1]] % 1 > 0
@@ -1358,7 +1359,7 @@ def test_the_log_tells_what_the_reader_finds_in_the_sample_grid(finished2):
         latents, _, _ = sampler.roll_out(student, noise, prompt, sampler.sigma_grid(2), span, f)
         first = model.Decoder(TINY, CPU)(latents[-1])
     found = evaluate.measure(first, torch.full((8,), grid.rows[0]))       # one of its eight rows
-    assert last["right"] * 8 >= found["correct"].mean() - 1e-6
+    assert last["right"] * 8 >= found["right"].mean() - 1e-6
     assert 0 < last["scene_entropy_8"] * 8 >= found["scene_entropy"].sum() - 1e-5
     assert last["right"] * 64 == pytest.approx(round(last["right"] * 64), abs=1e-4)
 

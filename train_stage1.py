@@ -7,7 +7,7 @@ noise.
 
 Three networks start from the base model: the frozen teacher, the student, and the fake score, which
 learns the distribution of the student's own samples. Each iteration (paper, Stage I; as in the
-official code, where a step from σ_k to σ_k+1 is compared at noise levels between these two):
+official code, where a step from σ_k to σ_{k+1} is compared at noise levels between these two):
   1. roll out    the student runs all its steps, without gradient
   2. fake score  learns by flow matching on the student's samples
   3. student     one of its steps, with gradient; the loss moves it to where the teacher points and
@@ -19,7 +19,7 @@ fake score for each of the student's, and no moving average of weights [official
 The teacher's guidance follows Eq. 4. Not here: the mathematics (losses.py), the cache and the
 adversarial stage (cache.py, train_stage2.py).
 
-Calls from other files that carry it:
+Functions of other files that it uses:
   velocity(net, x, sigma, prompt)             (v, Δ0), one pass; Δ0 is the cache's, None here
   guided_velocity(teacher, x, …)              v of the teacher by Eq. 4
   roll_out(student, noise, prompt, sigmas)    (latents, velocities, Δ0) of all its steps
@@ -43,7 +43,7 @@ from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, 
 import torch
 
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
-                    importance_curve, judged_between, renoise, step_end, x0_from_velocity)
+                    importance_curve, renoise_window, renoise, step_end, x0_from_velocity)
 from model import (Decoder, Prompts, cost, download, load_transformer, place, prepare,
                    save_transformer, velocity)
 from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid, stock_sigmas
@@ -57,8 +57,8 @@ LOSSES = {"ours": dmd_loss, "official": dmd_loss_official}     # --loss; a furth
 class Settings(CommonSettings):
     resolution: int = option(None, "pixels of a side (default: the model's own)", low=16, high=4096)
     steps: int = option(2, "student steps N [paper]", low=1, high=100)
-    alpha: float = option(None, "teacher guidance only where sigma <= alpha; 1 = everywhere, which "
-                          "is plain DMD", low=0, high=1)
+    alpha: float = option(None, "teacher guidance only where sigma <= alpha; 1 = everywhere, as in "
+                          "plain DMD", low=0, high=1)
     guidance: float = option(None, "the teacher's guidance w", low=1, high=100)
     importance: str = option("official", "curve of the student's re-noise level",
                              choices=("official", "paper", "uniform"))
@@ -140,19 +140,18 @@ def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     x_k, v_k = at_step(latents, k), at_step(velocities, k)      # B×C×H×W each
     sigma_end = step_end(k, sigmas, form)                       # B
 
-    # The student's answer at step k is the guess x̂0. Its sample at the end of the step, σ_k+1,
+    # The student's answer at step k is the guess x̂0. Its sample at the end of the step, σ_{k+1},
     # lies on the line from x_k to x̂0.
     x0 = x0_from_velocity(x_k, sigmas[k], v_k)
     p = euler(x_k, v_k, sigmas[k], sigma_end)
-    # Fresh noise brings p from its own level σ_k+1 up to a level σ inside the step's window. (The
-    # paper's figure re-noises x̂0, from level 0: deviation 2.) The next step starts from p, which
-    # still holds noise, so p is what has to be right. In the last step σ_k+1 is 0 and p is x̂0;
-    # with --form x0 that is so in every step.
+    # Fresh noise brings p from its own level σ_{k+1} up to a level σ inside the step's window. The
+    # next step starts from p, which still holds noise, so p is what has to be right. In the last
+    # step σ_{k+1} is 0 and p is x̂0; with --form x0, the paper's figure, in every step.
     x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
-    # The fake score learns which velocity leads from x at σ to x̂0. So it comes to know where the
-    # student goes from each noise level, as the teacher knows it of real pictures. (In step one p
-    # still holds some of the noise that x̂0 came from. That this is right nevertheless is the
-    # release's practice and no theorem: docs/TEACHING.md.)
+    # The fake score learns the velocity of the straight line through x̂0 and x. So it comes to know
+    # where the student goes from each noise level, as the teacher knows it of real pictures. (In
+    # step one p still holds some of the noise that x̂0 came from. That this is right nevertheless is
+    # the official code's practice and no theorem: docs/TEACHING.md.)
     # It is never guided [official]: it must describe the student's samples as they are.
     v, _ = velocity(fake_score, x, sigma, prompt)
     return fake_score_loss(v, x, x0, sigma)
@@ -166,12 +165,12 @@ def student_turn(student, teacher, fake_score, draws, path, prompt, uncond, sigm
     x_k = at_step(latents, k)                                   # B×C×H×W
     sigma_end = step_end(k, sigmas, settings.form)              # B
 
-    # The student's step k once more, this time with gradient: p is its sample at σ_k+1.
+    # The student's step k once more, this time with gradient: p is its sample at σ_{k+1}.
     v, _ = velocity(student, x_k, sigmas[k], prompt)
     p = euler(x_k, v, sigmas[k], sigma_end)                     # B×C×H×W
 
     # Two networks judge the same re-noised sample, without gradient. p is re-noised as above, from
-    # its own level. Then each network takes one step from σ back to σ_k+1: p_teacher is where the
+    # its own level. Then each takes one step from σ back to σ_{k+1}: p_teacher is where the
     # re-noised sample would go if it came from a real picture, p_fake where it would go if it came
     # from the student.
     with torch.no_grad():
@@ -189,7 +188,7 @@ def student_turn(student, teacher, fake_score, draws, path, prompt, uncond, sigm
 
 def at_step(path, k):
     """Each sample's entry at its own step: path [steps, B, C, H, W], k [B] → [B, C, H, W]."""
-    return path[k, torch.arange(len(k))]
+    return path[k, torch.arange(len(k))]                        # of sample b its step k[b]
 
 
 def draw_batch(i, settings, shape, sigmas, texts):
@@ -207,16 +206,17 @@ def draw_batch(i, settings, shape, sigmas, texts):
     k = torch.randint(N, (B,), generator=g)
     draws["k_fake"] = k
     draws["sigma_fake"] = draw_sigma(torch.rand(B, generator=g),
-                                     *judged_between(k, sigmas, settings.form),
+                                     *renoise_window(k, sigmas, settings.form),
                                      importance_curve("uniform"))
     # The same for the student, drawn independently, its level by the importance curve [official].
     k = torch.randint(N, (B,), generator=g)
     draws["k_student"] = k
     draws["sigma_student"] = draw_sigma(torch.rand(B, generator=g),
-                                        *judged_between(k, sigmas, settings.form),
+                                        *renoise_window(k, sigmas, settings.form),
                                         importance_curve(settings.importance))
     # The prompts, from a generator of their own: draws that you add above do not shift them.
-    draws["prompt"] = torch.randint(len(texts), (B,), generator=rng(settings.seed, i, "prompts"))
+    draws["prompt_index"] = torch.randint(len(texts), (B,),
+                                          generator=rng(settings.seed, i, "prompts"))
     draws = {name: my_rows(values) for name, values in draws.items()}
     # The noises: where the roll-out starts, and with what the two turns re-noise. They are large,
     # so a process draws only its own. A sample's number in the run decides its noises.
@@ -237,7 +237,7 @@ def main(argv):
         # Roll-out N; fake score and student learn with 3 each (a backward pass counts two); to
         # judge, the teacher takes 2 and the fake score 1. Checkpointing runs the forward of both
         # that learn a second time.
-        passes = settings.steps + 9 + 2 * settings.gradient_checkpointing
+        passes = settings.steps + 3 + 3 + 2 + 1 + 2 * settings.gradient_checkpointing
         print(cost(preset, config, shape, learning=2, frozen=1, samples=settings.batch_size,
                    passes=passes))
         return
@@ -278,7 +278,7 @@ def main(argv):
         # ---- 1. roll out: the student's own path, for both turns
         #      2. the fake score follows it
         for part in parts:
-            prompt = prompts.take(part["prompt"])
+            prompt = prompts.take(part["prompt_index"])         # embeds B×L×J, pooled B×P
             path = student_path(student, part["noise"].to(device), prompt, sigmas)
             loss = fake_score_turn(fake_score, part, path, prompt, sigmas, settings.form)
             (loss / len(parts)).backward()                      # mean of parts = mean of the batch
@@ -287,9 +287,11 @@ def main(argv):
         # Clips the gradients, takes the step and clears them (run.py).
         norm_fake = clip_and_step([optimizers["fake_score"]], CLIP_FAKE)
 
-        # ---- 3. the student moves along teacher minus fake score
+        # ---- 3. the student moves along teacher minus fake score. It has not moved since the
+        #      roll-out, so the paths are still its own
         for part, path in zip(parts, paths, strict=True):
-            prompt, uncond = prompts.take(part["prompt"]), prompts.uncond(len(part["prompt"]))
+            prompt = prompts.take(part["prompt_index"])
+            uncond = prompts.uncond(len(part["prompt_index"]))
             loss, gap = student_turn(student, teacher, fake_score, part, path, prompt, uncond,
                                      sigmas, settings)
             (loss / len(parts)).backward()
@@ -339,8 +341,10 @@ def diagnose(gap, sigma, x0, sigmas, alpha):
         metrics[f"gap_{low:g}_{high:g}"] = gap[inside].mean().item()
     metrics["x0_mean"] = x0.mean().item()
     metrics["x0_std"] = x0.std().item()                         # the data's is 1
-    metrics["saturation"] = (x0.abs() > 4).float().mean().item()
-    metrics["x0_batch_std"] = x0.std(0).mean().item()           # over the batch, of all captions
+    metrics["saturation"] = (x0.abs() > 4).float().mean().item()        # healthy: below 0.01
+    # Over the batch of all captions: healthy near 1. It sees one picture for all captions, not one
+    # scene for each.
+    metrics["x0_batch_std"] = x0.std(0).mean().item()
     return metrics
 
 

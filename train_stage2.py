@@ -18,7 +18,7 @@ the heads back through the frozen backbone and the frozen VAE into step two, tha
 blocks that ran there; not into the skipped blocks, Δ0 or step one. (Step one shares the weights, so
 it changes, too; no loss checks it [official].)
 
-Calls from other files that carry it:
+Functions of other files that it uses:
   roll_out(student, noise, prompt, sigmas, span, f)      (latents, velocities, Δ0) of all its steps
   velocity(student, x, sigma, prompt, span, delta, f)    (v, Δ0), one pass; cached if delta is given
   clip_and_step(optimizers, norm)      clips their gradients jointly, steps, clears theirs alone
@@ -161,7 +161,7 @@ def resolve(settings):
 # ================================================================== the two kinds of turns
 
 def last_step(student, x, prompt, sigmas, span, delta, f):
-    """The student's sample [B, C, H, W]: its last step, from x at σ_N−1 to 0, the one that learns.
+    """The student's sample [B, C, H, W]: its last step, from x at σ_{N−1} to 0, which learns.
 
     It is exactly the step that inference takes: the span skipped, f(Δ0) in its place. If the
     student were trained on full steps, it would first meet f's errors at inference.
@@ -175,9 +175,8 @@ def discriminator_turn(discriminator, picture, reference):
     """The discriminator's loss, a scalar, and how often it ranks a reference above a picture
     (paper, Stage II). picture and reference are [B, 3, 8H, 8W], without gradient: only the heads
     learn here."""
-    # One pass for both, so that both are judged by the same weights. A spectral norm divides by
-    # the layer's largest singular value and estimates it by power iteration; in train mode each
-    # pass takes one step of it.
+    # One pass for both, so that both are judged by the same weights: a spectral norm divides by the
+    # layer's largest singular value, and estimates it anew in every pass in train mode.
     logits = discriminator(torch.cat([reference, picture]))               # heads × [2B, places]
     of_reference = [head[:len(reference)] for head in logits]
     of_picture = [head[len(reference):] for head in logits]
@@ -188,7 +187,7 @@ def discriminator_turn(discriminator, picture, reference):
 
 
 def generator_turn(discriminator, decode, latents):
-    """The generator's loss, a scalar (paper, Stage II): adversarial alone, as in the released
+    """The generator's loss, a scalar (paper, Stage II): adversarial alone, as in the official
     config. latents [B, C, H, W] are last_step's, with gradient."""
     # The gradient flows back from the heads through the frozen backbone and the frozen VAE into
     # step two: into f and into every block that ran there. The skipped blocks get none. Step one
@@ -198,9 +197,9 @@ def generator_turn(discriminator, decode, latents):
 
 
 def draw_batch(i, settings, reference_prompts, texts):
-    """Which noises and prompts iteration i takes, as numbers {"noise_number": [B], "prompt": [B]}:
-    this process's rows of the global batch. They depend on (seed, i) alone. Noises 0 … R − 1 are
-    the references', with the prompts reference_prompts [R]; those from R on are fresh."""
+    """Which noises and prompts iteration i takes, {"noise_index": [B], "prompt_index": [B]}: this
+    process's rows of the global batch. They depend on (seed, i) alone. Noises 0 … R − 1 are the
+    references', with the prompts reference_prompts [R]; those from R on are fresh."""
     B, R = settings.batch_size, settings.references
     g = rng(settings.seed, i, "batch")
     if turn_of(i) == "discriminator":
@@ -212,7 +211,7 @@ def draw_batch(i, settings, reference_prompts, texts):
         # and f would learn the R pairs by heart.
         number = torch.arange(R + i * B, R + (i + 1) * B)
         prompt = torch.randint(len(texts), (B,), generator=g)
-    return {"noise_number": my_rows(number), "prompt": my_rows(prompt)}
+    return {"noise_index": my_rows(number), "prompt_index": my_rows(prompt)}
 
 
 # ================================================================== references, made once
@@ -342,14 +341,14 @@ def main(argv):
         for part in parts:
             # ---- 1. the steps before the last, without gradient: the first in full, recording Δ0
             #      (with more than two steps those in between are cached)
-            noise = image_noise(settings.seed, part["noise_number"], shape, "training").to(device)
-            prompt = prompts.take(part["prompt"])
+            noise = image_noise(settings.seed, part["noise_index"], shape, "training").to(device)
+            prompt = prompts.take(part["prompt_index"])
             with torch.no_grad():
                 latents, _, delta = roll_out(student, noise, prompt, sigmas[:-1], span, f)
-            x = latents[-1]                               # B×C×H×W, before the last step
-            # In train mode each pass also takes a step of the power iteration in the heads'
-            # spectral norms. They take one in each of D's turns, whatever --accumulation is: in
-            # the first part alone. In G's turns they stand still [official].
+            x = latents[-1]                               # B×C×H×W, where the last step starts
+            # The heads' spectral norms run one power iteration for each pass in train mode. So
+            # train mode is for the first part of D's turns alone: one iteration a turn, whatever
+            # --accumulation is, and none in G's turns [official].
             power_iteration = turn == "discriminator" and part is parts[0]
             discriminator.heads.train(power_iteration)
 
@@ -357,7 +356,7 @@ def main(argv):
                 # ---- 2. D: the student's picture as inference makes it, against its reference
                 with torch.no_grad():
                     picture = decode(last_step(student, x, prompt, sigmas, span, delta, f))
-                reference = references[part["noise_number"]].to(device) / 255
+                reference = references[part["noise_index"]].to(device) / 255
                 loss, rank = discriminator_turn(discriminator, picture, reference)
                 ranks.append(rank)
             else:
@@ -371,15 +370,15 @@ def main(argv):
         if turn == "discriminator":
             norm = clip_and_step([optimizers["discriminator"]])           # not clipped [official]
         else:
-            # Warm-up [paper, second hand]: f alone. It is meant to keep the student from adapting
-            # to errors that f, which still is plain reuse, will soon remove by itself. (Without it
-            # the miniature shows no difference: docs/RESULTS.md.)
+            # Warm-up [paper, second hand]: f learns alone first, so that the student does not learn
+            # to make up for errors that f will remove by itself. (Without it the miniature shows no
+            # difference: docs/RESULTS.md.)
             learners = of_generator
             if f is not None and i <= settings.warmup:    # this one included [official]
                 learners = [optimizers["compensation"]]
             norm = clip_and_step(learners, CLIP_GENERATOR)
         who = "d" if turn == "discriminator" else "g"
-        metrics |= {f"loss_{who}": torch.stack(losses).mean().item(), f"norm_{who}": norm}
+        metrics |= {f"loss_{who}": torch.stack(losses).mean().item(), f"grad_norm_{who}": norm}
         if ranks:
             metrics["d_ranks"] = torch.stack(ranks).mean().item()
         # clip_and_step has cleared the learners' gradients alone. G's loss leaves some in the heads
@@ -405,7 +404,6 @@ def main(argv):
         run.checkpoint(done, networks, optimizers)        # where due; Ctrl-C ends it here
 
     # ------------------------------------------------------------- the result
-    # f has a file of its own: a stock transformer folder would drop it with a mere warning.
     if f is not None:
         run.save("compensation", f.state_dict())
     save_transformer(student, run.folder / "student", not preset.is_tiny, settings.lora_rank)

@@ -154,12 +154,12 @@ def measure(pictures, captions):
     """What the reader finds, for pictures [B, 3, 32, 32] and caption indices [B]
     with n pictures for each caption.
 
-    Returns per-picture tensors correct, usual, speckled (0/1) and read_error, [B] each, and
+    Returns per-picture tensors right, usual_scene, speckled (0/1) and read_error, [B] each, and
     per-caption scene_entropy [B/n].
     """
     seen, shape = read(pictures), captions // len(COLOURS)
-    correct = (seen["shape"] == shape) & (seen["colour"] == captions % len(COLOURS))
+    right = (seen["shape"] == shape) & (seen["colour"] == captions % len(COLOURS))
     by_caption = torch.stack([seen["scene"][captions == c] for c in captions.unique()])
-    return {"correct": correct.float(), "usual": (seen["scene"] == shape).float(),
+    return {"right": right.float(), "usual_scene": (seen["scene"] == shape).float(),
             "scene_entropy": scene_entropy(by_caption), "read_error": seen["error"],
             "speckled": (seen["error_inside"] > SPECKLED).float()}

@@ -9,7 +9,8 @@ The networks are downloaded on first use, or given as folders: --clip, --picksco
                  prompt: the larger, the more diverse (paper, Table 3)
     DINOv2       no score of its own: Fréchet distance and diversity are taken on its features
 
-The paper's versions are not known (deviation 16), so compare the rows of a table with each other.
+The paper's versions are not known (docs/DEVIATIONS.md, open question 8), so compare the rows of a
+table with each other.
 
 Dimension key: n pictures of one prompt, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """

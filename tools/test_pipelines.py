@@ -84,7 +84,7 @@ def test_a_path_that_was_cut_short_leaves_nothing_to_the_next_picture(stock_pipe
     went on. Catches Δ0 told apart by time and size alone: a picture of other prompts."""
     fresh = picture(stock_pipe, CAPTIONS[6:9], 0.75, 0.5)
     picture(stock_pipe, CAPTIONS[:3], 1)
-    assert cache.path.left == 1 and picture(stock_pipe, CAPTIONS[6:9], 0.75, 0.5).equal(fresh)
+    assert cache.path.steps_left == 1 and picture(stock_pipe, CAPTIONS[6:9], 0.75, 0.5).equal(fresh)
 
 
 @pytest.mark.parametrize("rule, before, now", [
