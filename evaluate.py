@@ -80,7 +80,6 @@ class Settings:
     pickscore: str = option(None, "folder or hub id of PickScore's CLIPModel")
     dino: str = option(None, "folder or hub id of the Dinov2Model")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
-    debug: bool = option(False, "show tracebacks")
 
 
 def resolve(settings):
@@ -323,8 +322,6 @@ class Rows:
 def count_nfe(preset, span, steps=2):
     """{"blocks", "flops", "flops_with_f"}: network evaluations of a student with span (n, m) or
     None, counted by blocks, by FLOPs, and by FLOPs with f. One evaluation is one full forward."""
-    if not span:
-        return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
     # The paper counts blocks. Blocks are not all of a pass (embedding, projection), not all alike
     # (SD3.5-Medium has two kinds), and f is not free: so FLOPs are counted, too.
     config, _ = check_base(preset, offline=True)
@@ -378,10 +375,7 @@ def cell(row, name):
 
 def table(rows):
     """The rows as a Markdown table."""
-    columns = []                                          # those that have a value in some row
-    for column in COLUMNS:
-        if any(row[column] is not None for row in rows):
-            columns.append(column)
+    columns = [column for column in COLUMNS if any(row[column] is not None for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         lines.append("| " + " | ".join([cell(row, column) for column in columns]) + " |")

@@ -40,7 +40,7 @@ With the paper in hand, find here what computes it, and the test in test_all.py 
                                  dmd_loss_official                  huber
     official train_stage2.py     train_stage2.turn_of               turns_are
     official model/D.py          model.Discriminator                discriminator_is
-                                 the losses of Stage II             adversarial_losses
+                                 the losses of Stage II             discriminator_turn
 
 Constants carry their origin: [paper] ("second hand": quoted by others), [official] (the released
 code's value) or [ours]. "Deviation n" is an entry of docs/DEVIATIONS.md.

@@ -38,7 +38,7 @@ import sys
 from pathlib import Path
 
 from run import (UserError, barrier, fill_in, full_state, is_main, load_full, newest_student,
-                 processes, rng, save_tensors, save_whole, writing)
+                 processes, rng, save_tensors, save_whole)
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -262,16 +262,11 @@ class Preset:
     source: str                        # pipeline folder or hub id
     cached_blocks: str = "2-9"         # [ours] which; 1.67 NFE [paper] means 8 of 24 blocks
     text_length: int = 256             # [official] T5 tokens; 0 for a pipeline without T5
-    captions: str = "grammar"          # where prompts come from when no --prompts is given
+    is_tiny: bool = False              # whether it is the miniature, with its 24 captions
     architecture: dict | None = None   # SD3Transformer2DModel's arguments: counted without download
     discriminator: str = BACKBONE      # [ours] in place of the official OpenCLIP ConvNeXt-XXLarge
     picture_mean: tuple = (0.485, 0.456, 0.406)              # what that backbone was trained on
     picture_std: tuple = (0.229, 0.224, 0.225)
-
-    @property
-    def is_tiny(self):
-        """Whether it is the miniature, or one made like it."""
-        return self.captions == "tiny"
 
     @property
     def public_name(self):
@@ -310,7 +305,7 @@ PRESETS = {
     "tiny": Preset(
         "tiny", str(HERE / "tiny" / "sd3"),
         cached_blocks="1-4",           # [ours] SD3-Medium's span to scale: 4 of 12 blocks
-        text_length=0, captions="tiny",
+        text_length=0, is_tiny=True,
         discriminator=str(HERE / "tiny" / "sd3" / "discriminator_backbone"),
         picture_mean=(0.5,) * 3, picture_std=(0.5,) * 3),
     "sd3-medium": Preset(
@@ -407,7 +402,15 @@ def prepare(settings, tiny, sd3, stage):
         settings.accumulation = math.gcd(parts, settings.batch_size // processes())
     settings.model = preset.name                          # a folder's whole path
     settings.out = settings.out or f"runs/{Path(preset.name).name}-stage{stage}"
-    settings.check_batch()
+    # Every micro-batch of every process has the same size: only then is the mean of their means the
+    # mean of the batch.
+    if settings.batch_size % (processes() * settings.accumulation):
+        of_all = f" times {processes()} processes" if processes() > 1 else ""
+        raise UserError(f"--batch-size {settings.batch_size} is not a multiple of --accumulation "
+                        f"{settings.accumulation}{of_all}")
+    references = getattr(settings, "references", 0)       # Stage II's; processes make them together
+    if references % processes():
+        raise UserError(f"--references {references} is not a multiple of {processes()} processes")
     device = pick_device(preset, settings.device)
     texts = choose_prompts(preset, settings.prompts, None, settings.pool, settings.seed)
     config, factor = check_base(preset, offline=settings.dry_run)
@@ -814,17 +817,16 @@ def save_transformer(net, folder, half, lora_rank=None):
     # own name into config.json, and from_pretrained of others would not find it.
     with torch.device("meta"):                            # shapes without memory
         plain = SD3Transformer2DModel.from_config(net.config)
-        if lora_rank:
-            add_lora(plain, lora_rank, seed=0)
     if lora_rank:
+        add_lora(plain, lora_rank, seed=0)
         state = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
     plain.load_state_dict(state, assign=True)
     if lora_rank:
         merge_lora(plain)                                 # in place: hence the copy above
     if half:
         plain.half()
-    with writing(folder, sum(tensor.nbytes for tensor in plain.state_dict().values())):
-        save_whole(folder, plain.save_pretrained)
+    save_whole(folder, plain.save_pretrained,
+               size=sum(tensor.nbytes for tensor in plain.state_dict().values()))
 
 
 def load_student(folder, settings, preset, device, spread=False):
@@ -841,10 +843,10 @@ def load_student(folder, settings, preset, device, spread=False):
     if any(side % config["patch_size"] for side in settings["latent_shape"][1:]):
         raise UserError(f"{folder}/settings.json has latents of {settings['latent_shape']}, which "
                         f"patches of {config['patch_size']} do not divide")
-    if finished:
-        student = load_part(CachedSD3, weights, None, torch.float32)
     with loading("the student", folder):
-        if not finished:
+        if finished:
+            student = load_part(CachedSD3, weights, None, torch.float32)
+        else:
             student = CachedSD3.from_config(config)
             if settings.get("lora_rank"):                 # a checkpoint holds adapters, not merged
                 add_lora(student, settings["lora_rank"], seed=0)

@@ -8,7 +8,7 @@ stranger's code.
 
 Four promises are kept here, each once:
   repeatable    rng: whatever is random depends on (seed, iteration) alone, so nothing is saved
-  never half    save_whole and replace_file: a temporary name, fsync, rename
+  never half    save_whole: a temporary name, fsync, rename
   resumed       Run: the same command typed again goes on from the newest checkpoint
   any number    of processes (torchrun) computes the same gradients of the same global batch
 """
@@ -56,7 +56,7 @@ KEEP = 2                        # [ours] how many checkpoints stay on disk while
 WAIT = timedelta(hours=2)       # [ours] for a process that writes a large checkpoint
 # Settings that a resumed run may change. (Another device computes in another precision.)
 MAY_CHANGE = {"out", "iterations", "accumulation", "gradient_checkpointing", "checkpoint_every",
-              "sample_every", "log_every", "device", "no_compile", "overwrite", "debug", "dry_run"}
+              "sample_every", "log_every", "device", "no_compile", "overwrite", "dry_run"}
 
 
 # ================================================================== the command line
@@ -97,15 +97,6 @@ class CommonSettings:
                               "CUDA if it is there)", choices=("cpu", "cuda", "mps"))
     dry_run: bool = option(False, "print the resolved settings and what they cost, and stop")
     overwrite: bool = option(False, "start again although the run folder holds a run")
-    debug: bool = option(False, "show tracebacks")
-
-    def check_batch(self):
-        """UserError unless every micro-batch of every process has the same size: only then is the
-        mean of their means the mean of the batch."""
-        if self.batch_size % (processes() * self.accumulation):
-            of_all = f" times {processes()} processes" if processes() > 1 else ""
-            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --accumulation "
-                            f"{self.accumulation}{of_all}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,7 +122,10 @@ def parse_settings(cls, argv, prog, description):
         else:
             parser.add_argument(flag, type=field.type, metavar="X", choices=about["choices"],
                                 default=field.default, help=text + default)
-    settings = cls(**vars(parser.parse_args(argv)))
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")    # for command()
+    given = vars(parser.parse_args(argv))
+    del given["debug"]
+    settings = cls(**given)
     for field in dataclasses.fields(cls):
         value = getattr(settings, field.name)
         low, high = field.metadata["low"], field.metadata["high"]
@@ -159,13 +153,11 @@ def command(main):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):     # a notebook's
                 stream.reconfigure(errors="replace")
-        output = contextlib.nullcontext()
-        if not is_main():
-            output = contextlib.redirect_stdout(io.StringIO())
+        shown = sys.stdout if is_main() else io.StringIO()
         signals = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         try:
             # A notebook may call main(): it gets back its own seed, and below its own Ctrl-C.
-            with torch.random.fork_rng(devices=[]), output:
+            with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(shown):
                 return main(argv)
         except (UserError, KeyboardInterrupt, OSError, SafetensorError,
                 torch.OutOfMemoryError) as error:
@@ -231,10 +223,8 @@ def join_processes(device):
 
 
 def my_rows(batch):
-    """This process's rows of a global batch, a tensor."""
-    size = len(batch) // processes()
-    start = int(os.environ.get("RANK", 0)) * size
-    return batch[start:start + size]
+    """This process's rows of a global batch, a tensor; they divide evenly (model.prepare)."""
+    return batch.chunk(processes())[int(os.environ.get("RANK", 0))]
 
 
 def gather(part):
@@ -260,10 +250,9 @@ def barrier():
 def micro_batches(batch, parts):
     """Cuts {name: tensor [B, ...]} into `parts` smaller ones (--accumulation). Usually there is one
     part: the batch itself."""
-    size = len(next(iter(batch.values()))) // parts
     cut = []
-    for start in range(0, size * parts, size):
-        cut.append({name: values[start:start + size] for name, values in batch.items()})
+    for i in range(parts):
+        cut.append({name: values.chunk(parts)[i] for name, values in batch.items()})
     return cut
 
 
@@ -348,25 +337,26 @@ def load_optimizer(net, optimizer, tensors):
 
 # ================================================================== writing and reading
 
-def save_whole(folder, write):
-    """Makes `folder` by calling write(temporary folder). It appears whole or not at all: an older
+def save_whole(path, write, size=None):
+    """Makes a file or a folder by write(temporary path). It appears whole or not at all: an older
     folder of that name goes only after the new one is complete on the disk."""
-    folder = Path(folder)
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    shutil.rmtree(new, ignore_errors=True)                # what a kill has left
     try:
-        write(new)
-        for path in new.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-    except BaseException:
+        with writing(path, size):
+            write(new)
+            for file in (new, *new.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            if new.is_dir() and path.exists():
+                shutil.rmtree(path)
+            new.rename(path)
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    new.rename(folder)
+        new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -380,24 +370,9 @@ def writing(path, size=None):
         raise OSError(f"cannot write {path}{about}: {error}") from error
 
 
-def replace_file(path, write, size=None):
-    """Makes one file by write(temporary path), whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with writing(path, size):
-            write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_text(path, text):
     """Writes a text file whole or not at all."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    save_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path, value):
@@ -410,8 +385,8 @@ def save_tensors(path, tensors, metadata=None):
     metadata is {str: str}."""
     if is_main():
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata),
-                     size=sum(tensor.nbytes for tensor in tensors.values()))
+        save_whole(path, lambda temporary: save_file(tensors, temporary, metadata),
+                   size=sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def read_json(path):
@@ -618,9 +593,8 @@ class Run:
         """Appends one line to metrics.jsonl, of several processes the mean of their numbers. What
         is not finite becomes null: JSON has no NaN. On a GPU the peak of allocated memory joins
         them."""
-        if processes() > 1:
-            every = gather(torch.tensor([list(values.values())], dtype=torch.float64))
-            values = dict(zip(values, every.nanmean(0).tolist(), strict=True))
+        every = gather(torch.tensor([list(values.values())], dtype=torch.float64))
+        values = dict(zip(values, every.nanmean(0).tolist(), strict=True))
         if not is_main():
             return
         if torch.cuda.is_initialized():
@@ -757,10 +731,11 @@ def draw_curves(folder):
         from matplotlib.figure import Figure
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         names = sorted({name for line in lines for name in line} - {"iteration", "seconds"})
-        figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)))
+        rows = math.ceil(len(names) / 4) or 1             # nothing may be logged yet
+        figure = Figure(figsize=(14, 2.6 * rows))
         figure.subplots_adjust(0.05, 0.04, 0.98, 0.96, wspace=0.3, hspace=0.35)
         for place, name in enumerate(names, 1):
             points = [(line["iteration"], line[name]) for line in lines if name in line]
-            axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place, title=name)
+            axes = figure.add_subplot(rows, 4, place, title=name)
             axes.plot(*np.array(points, float).T)         # null, where nothing was drawn, is a gap
-        replace_file(folder / "curves.png", lambda new: figure.savefig(new, format="png"))
+        save_whole(folder / "curves.png", lambda new: figure.savefig(new, format="png"))

@@ -17,8 +17,8 @@ import math
 import time
 from pathlib import Path
 
-from run import (UserError, command, is_main, option, parse_settings, read_settings, replace_file,
-                 rng)
+from run import (UserError, command, is_main, option, parse_settings, read_settings, rng,
+                 save_whole)
 
 import torch
 
@@ -192,7 +192,7 @@ def save_pictures(pictures, path, columns):
     # Enlarged without smoothing: what is blurred in the result is blurred by the model.
     scale = max(1, 96 // h)
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
-    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    save_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
 # ================================================================== command
@@ -210,7 +210,6 @@ class Settings:
     no_cache: bool = option(False, "run every block in every step, though the run has a cache")
     out: str = option("grid.png", "the picture, one row a prompt")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
-    debug: bool = option(False, "show tracebacks")
 
 
 @command

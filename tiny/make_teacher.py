@@ -13,7 +13,7 @@ import json
 import math
 from pathlib import Path
 
-from run import Run, UserError, command, option, parse_settings, rng, save_whole
+from run import Run, UserError, adamw, command, option, parse_settings, rng, save_whole
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,6 @@ class Settings:
     refine_steps: int = option(3000, "MMDiT: then steps with every sigma alike", low=1, high=10**6)
     backbone_steps: int = option(1000, "vision backbones: steps of batch 128", low=1, high=10**6)
     overwrite: bool = option(False, "replace --out (checkpoints in --work are always continued)")
-    debug: bool = option(False, "show tracebacks")
 
 
 # ================================================================== training any part
@@ -53,8 +52,7 @@ def fit(name, model, loss_at, steps, lr, settings, ema=None):
     run = Run(Path(settings.work) / name, {"iterations": steps, "steps": steps, "lr": lr,
                                            "checkpoint_every": SAVE_EVERY,
                                            "seed": settings.seed}, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
-                                  fused=True)
+    optimizer = adamw(model, lr, betas=(0.9, 0.99), weight_decay=1e-4)
     networks, optimizers = {"model": model}, {"model": optimizer}
     if ema:
         networks["ema"] = ema

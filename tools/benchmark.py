@@ -37,7 +37,6 @@ class Settings:
     tiny_vae: str = option(None, "folder or hub id of an AutoencoderTiny, such as "
                            "madebyollin/taesd3: a row with it in the VAE's place")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
-    debug: bool = option(False, "show tracebacks")
 
 
 def alternate(paths, rounds, device):
@@ -72,29 +71,7 @@ def time_transformer(net, x, prompt, span, f, rounds):
     return alternate(paths, rounds, x.device)
 
 
-def print_transformer(t, ideal):
-    """The table of time_transformer's seconds t; ideal: network evaluations of the cached path."""
-    # Of the teacher one step is timed: its 28 are alike.
-    rows = {"one full forward": t["one"],
-            "28×2 (28 × a batch of two)": TEACHER_STEPS * t["guided"],
-            "two steps": t["2"],
-            f"{ideal:.3f} steps, f": t["1.67"]}
-    print("transformer alone           seconds   in full forwards   over 1.67 steps")
-    for name, seconds in rows.items():
-        print(f"{name:27}{seconds:9.4f}{seconds / t['one']:17.3f}{seconds / t['1.67']:17.2f}×")
-    print(f"{ideal:.3f} steps against the ideal {ideal:.3f} × one full forward: "
-          f"{t['1.67'] / ideal / t['one']:.4f}")
-
-
 # ================================================================== whole images
-
-def eager(path):
-    """The path without the compiled code of its modules."""
-    def call():
-        with torch.compiler.set_stance("force_eager"):
-            return path()
-    return call
-
 
 @torch.inference_mode()
 def time_pipeline(pipe, preset, span, f, rounds, compiled, tiny_vae):
@@ -118,6 +95,9 @@ def time_pipeline(pipe, preset, span, f, rounds, compiled, tiny_vae):
         cache.remove()
         return result
     latents = cached(**kept, output_type="latent")
+
+    def eager(path):                                      # without the compiled code of its modules
+        return torch.compiler.set_stance("force_eager")(path)
 
     def decode(vae=vae):
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor)
@@ -168,7 +148,17 @@ def main(argv):
     print(f"{dtype}, {device}, latents {side}×{side}, {preset.tokens} text tokens, "
           f"medians of {settings.rounds} alternated rounds, {versions()}")
     t = time_transformer(net, x, (embeds, pooled), span, f, settings.rounds)
-    print_transformer(t, count["blocks"])
+    ideal = count["blocks"]                               # network evaluations of the cached path
+    # Of the teacher one step is timed: its 28 are alike.
+    rows = {"one full forward": t["one"],
+            "28×2 (28 × a batch of two)": TEACHER_STEPS * t["guided"],
+            "two steps": t["2"],
+            f"{ideal:.3f} steps, f": t["1.67"]}
+    print("transformer alone           seconds   in full forwards   over 1.67 steps")
+    for name, seconds in rows.items():
+        print(f"{name:27}{seconds:9.4f}{seconds / t['one']:17.3f}{seconds / t['1.67']:17.2f}×")
+    print(f"{ideal:.3f} steps against the ideal {ideal:.3f} × one full forward: "
+          f"{t['1.67'] / ideal / t['one']:.4f}")
 
     del net                                               # a stock pipeline takes a stock network
     pipe = load_pipeline(preset, dtype).to(device)

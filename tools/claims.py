@@ -116,7 +116,6 @@ class Settings:
     out: str = option("results/claims", "folder for claims.md and evaluate.py's results")
     pool: list = option(None, "results.json files of a class, say: one table of all of them")
     dry_run: bool = option(False, "print the commands and stop")
-    debug: bool = option(False, "show tracebacks")
 
 
 # ================================================================== what to run

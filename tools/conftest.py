@@ -1,4 +1,3 @@
 """Fixtures that the tests in tools/ share with test_all.py."""
 
-from test_all import (decode, finished, finished2, no_pictures, prompts, stage2,  # noqa: F401
-                      stock_pipe, teacher, turns1)
+from test_all import finished, prompts, stock_pipe, teacher  # noqa: F401

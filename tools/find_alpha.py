@@ -50,7 +50,6 @@ class Settings:
     batch_size: int = option(16, "samples at a time", low=1, high=10_000)
     seed: int = option(11, "seed of prompts and noises", low=0, high=2**31 - 1)
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
-    debug: bool = option(False, "show tracebacks")
 
 
 @torch.inference_mode()
@@ -118,7 +117,7 @@ def propose(rows):
 def main(argv):
     settings = parse_settings(Settings, argv, "-m tools.find_alpha", __doc__.split("\n\n")[0])
     preset = find_preset(settings.model)
-    values = TINY if preset.captions == "tiny" else SD3
+    values = TINY if preset.is_tiny else SD3
     settings.guidance = settings.guidance or values["guidance"]
     device = pick_device(preset, settings.device)
     texts = choose_prompts(preset, settings.prompts)

@@ -32,7 +32,6 @@ class Settings:
     batch_size: int = option(16, "roll-outs at a time", low=1, high=10_000)
     seed: int = option(7, "seed of their noises and prompts", low=0, high=2**31 - 1)
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
-    debug: bool = option(False, "show tracebacks")
 
 
 def reuse_errors(student, x0, x1, prompt, sigmas):

@@ -43,7 +43,6 @@ class Settings:
     out: str = option(None, "folder to write (default: models/random-MODEL)")
     blocks: int = option(None, "fewer blocks than the model has", low=2, high=100)
     size: int = option(None, "latent pixels of a side (default: the model's 128)", low=2, high=192)
-    debug: bool = option(False, "show tracebacks")
 
 
 # ================================================================== text

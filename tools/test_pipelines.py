@@ -24,15 +24,15 @@ import pytest
 import run  # first, as in every script: it silences what the others import
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import model
 import sampler
 import train_stage1
 import train_stage2
-from cache import BlockCache, make_compensation
-from test_all import SHAPE, ask, metrics, stock_latents
+from cache import BlockCache
+from test_all import (SHAPE, ask, assert_same_run, metrics, stock_latents, tensors,
+                      trained_compensation)
 from tiny.world import CAPTIONS
 
 # ================================================================== in a stock pipeline
@@ -56,10 +56,7 @@ def call(net, prompt, timestep, size=8, **others):
 def cache(stock_pipe):
     """A BlockCache on the stock pipeline, for one test, with an f that is not plain reuse."""
     net = stock_pipe.transformer
-    f = make_compensation(net.inner_dim)
-    for stream in f.values():
-        torch.nn.init.normal_(stream.down.weight, std=0.01, generator=run.rng(0, "f"))
-    yield BlockCache(net, (1, 4), f)
+    yield BlockCache(net, (1, 4), trained_compensation(net))
     net.__dict__.pop("forward", None)
 
 
@@ -77,14 +74,6 @@ def test_three_lines_around_a_stock_pipeline_take_our_cached_path(stock_pipe, te
     net, prompt = stock_pipe.transformer, prompts.take([0])
     assert "forward" not in net.__dict__
     assert call(net, prompt, 750).equal(ask(net, torch.ones(1, *SHAPE), 0.75, prompt))
-
-
-def test_a_path_that_was_cut_short_leaves_nothing_to_the_next_picture(stock_pipe, cache):
-    """One step of three prompts, then a call of three others that begins at 0.9, as if that path
-    went on. Catches Δ0 told apart by time and size alone: a picture of other prompts."""
-    fresh = picture(stock_pipe, CAPTIONS[6:9], 0.75, 0.5)
-    picture(stock_pipe, CAPTIONS[:3], 1)
-    assert cache.path.steps_left == 1 and picture(stock_pipe, CAPTIONS[6:9], 0.75, 0.5).equal(fresh)
 
 
 @pytest.mark.parametrize("rule, before, now", [
@@ -247,21 +236,6 @@ def signalled(number, n, calls, rank=0):
         for owner, name in calls:
             setattr(owner, name, wrap(name, getattr(owner, name)))
     return change
-
-
-def tensors(folder):
-    """All tensors below a folder, {file/name: tensor}."""
-    return {f"{path.relative_to(folder)}/{name}": tensor
-            for path in sorted(folder.rglob("[!.]*.safetensors"))
-            for name, tensor in load_file(path).items()}
-
-
-def assert_same_run(found, expected):
-    """Equal bit for bit in all that a run leaves, and told as one story."""
-    ours, theirs = tensors(found), tensors(expected)      # a kill may leave one checkpoint more
-    assert [name for name in theirs if not ours[name].equal(theirs[name])] == []
-    assert metrics(found) == metrics(expected)
-    assert run.read_json(found / "settings.json")["finished"] == len(metrics(found)) > 0
 
 
 @pytest.mark.parametrize("script", STAGES)
