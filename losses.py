@@ -234,7 +234,8 @@ def dmd_loss(p, p_teacher, p_fake):
     """
     assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
     # Nobody can compute the divergence between the student's and the teacher's distributions. But
-    # its gradient is the difference of their scores, fake − teacher (docs/TEACHING.md derives it):
+    # its gradient is, on average over the noise, the difference of their scores (docs/TEACHING.md
+    # derives it; the fake score stands for the student's):
     #     score_fake − score_teacher = (1 − σ)/σ · (v_teacher − v_fake)
     #     p_fake − p_teacher         = (σ − σ_{k+1}) · (v_teacher − v_fake)
     # The same direction, another weight. So build a loss with the gradient p_fake − p_teacher:

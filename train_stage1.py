@@ -43,7 +43,7 @@ from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, 
 import torch
 
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
-                    importance_curve, renoise_window, renoise, step_end, x0_from_velocity)
+                    importance_curve, renoise, renoise_window, step_end, x0_from_velocity)
 from model import (Decoder, Prompts, cost, download, load_transformer, place, prepare,
                    save_transformer, velocity)
 from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid, stock_sigmas
