@@ -30,7 +30,8 @@ from torch import nn
 def nfe(steps, span, blocks):
     """Network evaluations, counted in blocks: the first step in full, each later one without the
     span (n, m), or in full where span is None. SD3-Medium has 24 blocks: span 2-9 gives 1.667, span
-    2-7 gives 1.75. f is not counted; it costs about a quarter of a block, 0.01 of an evaluation."""
+    2-7 gives 1.75. f is not counted; of SD3-Medium it costs a quarter of a block, 0.01 of an
+    evaluation."""
     skipped = span[1] - span[0] + 1 if span else 0
     return steps - (steps - 1) * skipped / blocks
 
@@ -175,6 +176,7 @@ def apply_compensation(f, delta):
 
 
 # ================================================================== in a stock pipeline
+# From here on: the cache for users of diffusers. Skip it when you read beside the paper.
 
 class SamplePath(threading.local):
     """What a BlockCache keeps between the calls of a sample path; each thread has its own."""

@@ -313,22 +313,23 @@ class Rows:
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             for key in ("stage", "finished", "steps", "guidance", "alpha"):
                 recipe[key] = run[key]
-            count = count_nfe(self.preset, row_span, run["steps"])
+            count = count_nfe(self.preset, row_span, run["steps"], self.shape)
             without_f = row_f is None or row_f is NOTHING
             flops = count["flops" if without_f else "flops_with_f"]
             self.add(folder.name + suffix, recipe, (count["blocks"], flops), sample)
 
 
-def count_nfe(preset, span, steps=2):
+def count_nfe(preset, span, steps=2, shape=None):
     """{"blocks", "flops", "flops_with_f"}: network evaluations of a student with span (n, m) or
-    None, counted by blocks, by FLOPs, and by FLOPs with f. One evaluation is one full forward."""
+    None, counted by blocks, by FLOPs, and by FLOPs with f. One evaluation is one full forward, of
+    latents of this shape [C, H, W] (default: the model's own)."""
     # The paper counts blocks. Blocks are not all of a pass (embedding, projection), not all alike
     # (SD3.5-Medium has two kinds), and f is not free: so FLOPs are counted, too.
     config, _ = check_base(preset, offline=True)
     net = empty_transformer(config)
     with torch.device("meta"):
         f = make_compensation(net.inner_dim)
-    shape = config["in_channels"], config["sample_size"], config["sample_size"]
+    shape = shape or (config["in_channels"], config["sample_size"], config["sample_size"])
     # A step that records, one that reuses Δ0 as it is, one with f.
     full, delta = forward_flops(net, shape, preset.tokens, span=span)
     plain, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta)
@@ -415,7 +416,8 @@ def expected(settings):
     default = Settings(samples_per_prompt=32, batch_size=128, out=settings.out)
     if settings != default:
         return []
-    return [f"{name}, eight training seeds: {values}" for name, values in EXPECTED.items()]
+    return [f"{name} with default settings, eight training seeds: {values}"
+            for name, values in EXPECTED.items()]
 
 
 # ================================================================== command

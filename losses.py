@@ -109,8 +109,9 @@ def guidance_weight(sigma, w, alpha):
 
     sigma [B] or a number; returns the same shape. Weight 1 is no guidance. This is the rule: Stage
     I, the references of Stage II and the teacher's rows of the evaluation all come here, so whoever
-    wants another rule changes this function and nothing else. (Older runs are then measured against
-    the new rule's teacher, too.)
+    wants another rule changes this function and nothing else. Two things to know: w = 1 must give 1
+    everywhere (a student that makes references is not guided), and evaluate.py then measures older
+    runs, too, against the new rule's teacher.
     """
     # At high noise the layout begins. Guidance there pulls every sample to the most likely layout,
     # before the guess x̂0 shows one (docs/RESULTS.md). The student sees the guided teacher alone and
@@ -140,7 +141,7 @@ def importance_curve(name):
     paper     read off that plot; its axis is taken as the unshifted u [ours, deviation 5]
     uniform   every index alike; the fake score always uses this one [official]
     """
-    i = torch.arange(GRID + 1, dtype=torch.float64)
+    i = torch.arange(GRID + 1, dtype=torch.float64)                       # from noise to picture
     if name == "uniform":
         return torch.ones(GRID + 1)
     if name == "paper":
@@ -180,8 +181,8 @@ def _interpolate(x, xs, ys):
 # In the last step both compare the same sample: there σ_{k+1} = 0.
 
 def step_end(k, sigmas, form="window"):
-    """The level of the sample that is compared, [B]: where each sample's step k [B] ends. sigmas
-    [N + 1] is the student's grid."""
+    """The level of p, the sample that is compared, [B]: σ_{k+1}, where step k [B] ends; 0 in the x0
+    form. sigmas [N + 1] is the student's grid."""
     if form == "x0":
         return torch.zeros(len(k))
     return sigmas[k + 1]
@@ -192,29 +193,28 @@ def renoise_window(k, sigmas, form="window"):
     high."""
     if form == "x0":
         return torch.ones(len(k)), torch.zeros(len(k))
-    # Below σ_{k+1} the next step takes over; it is drawn, and compared, on its own. Of step one's
-    # window, σ from 0.75 to 1, the official curve draws 36 % above α = 0.94: these are the levels
-    # on which Eq. 4 acts.
+    # Levels below σ_{k+1} belong to the next step, which is drawn, and compared, on its own. In
+    # step one's window, σ from 0.75 to 1, the official curve draws 36 % above α = 0.94: on these
+    # levels Eq. 4 acts.
     return sigmas[k], sigmas[k + 1]
 
 
-def draw_sigma(random, high, low, weights, shift=3.0):
+def draw_sigma(random, high, low, weights):
     """Sigmas [B] of the training grid with low < σ ≤ high, drawn with the weights [1001].
 
     random [B] are uniform numbers in [0, 1); high, low [B] come from renoise_window().
     """
-    grid = shift_sigma(1 - torch.arange(GRID + 1) / GRID, shift)          # 1001, falling from 1
+    grid = shift_sigma(1 - torch.arange(GRID + 1) / GRID)                 # 1001, falling from 1
     # 1. Which grid points lie in each sample's window? high belongs to it, low does not. Float
     #    error may move either off its grid point by 1e-7: 1e-6 keeps high in and low out.
     below_high = grid <= high[:, None] + 1e-6                             # B×1001
     above_low = grid > low[:, None] + 1e-6                                # B×1001
     inside = below_high & above_low
     assert inside.any(1).all(), "a window without a grid point"
-    # 2. Draw one of them with its weight (inverse-CDF sampling, row by row). Three points of
-    #    weights 1, 2, 1 have the running sums
-    #    1, 3, 4. A random number in [0, 4) falls into [0, 1), [1, 3) or [3, 4), each as often as it
-    #    is wide. Scaling by the last sum renormalises the weights inside the window [official]:
-    #    they decide within a step, not between steps.
+    # 2. Draw one of them by inverse CDF, row by row. Weights 1, 2, 1 sum up to 1, 3, 4. A random
+    #    number in [0, 4) falls into [0, 1), [1, 3) or [3, 4), each as often as it is wide. Scaling
+    #    by the last sum renormalises the weights inside the window [official]: they decide within a
+    #    step, not between steps.
     running = (weights.double() * inside).cumsum(1)                       # B×1001
     mark = random[:, None].double() * running[:, -1:]                     # B×1
     # 3. The first grid point whose running sum exceeds the mark. There is one: random is below 1.
@@ -238,8 +238,8 @@ def dmd_loss(p, p_teacher, p_fake):
     # derives it; the fake score stands for the student's):
     #     score_fake − score_teacher = (1 − σ)/σ · (v_teacher − v_fake)
     #     p_fake − p_teacher         = (σ − σ_{k+1}) · (v_teacher − v_fake)
-    # The same direction, another weight. So build a loss with the gradient p_fake − p_teacher:
-    # pretend that the right answer was p + p_teacher − p_fake, and hold it fixed.
+    # The same direction, another weight. So build a loss with the gradient p_fake − p_teacher: half
+    # the squared distance to a constant target p − (p_fake − p_teacher).
     # A descent step moves p to where the teacher points, and away from where the student already
     # is. The printed value is no distance to anything. Watch the gap |v_teacher − v_fake| instead,
     # which train_stage1.py logs.

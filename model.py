@@ -1,5 +1,5 @@
-"""The networks. First half: one evaluation, the decoder, the discriminator, prompts, base models.
-Second half, to be skipped beside the paper: finding, loading, placing and saving them.
+"""The networks. First one evaluation, the decoder, the discriminator, prompts, base models. Then,
+to be skipped beside the paper: finding, loading, placing and saving them.
 
 A Stable Diffusion 3 pipeline, for whoever does not know diffusers. It is a folder (or a repository
 on the hub) with one sub-folder for each part:
@@ -146,9 +146,9 @@ class Discriminator(torch.nn.Module):
     (Stage II; deviation 11).
 
     A frozen vision backbone sees edges, parts and objects; small heads, which alone learn, say
-    whether they look like a reference's. One head looks at each of the backbone's maps (real
-    models four, tiny three), one at the last map's mean. The heads are not told the prompt
-    [official].
+    whether they come from a reference. Pictures enter at full size. One head looks at each of the
+    backbone's maps (real models four, tiny three), one at the last map's mean. The heads are not
+    told the prompt [official].
     """
 
     def __init__(self, preset, seed=0, width=64):

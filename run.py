@@ -512,7 +512,7 @@ class Run:
         """Puts the newest checkpoint into networks and optimisers, dicts of names; returns its
         iteration, or 0. A sharded network takes its part of each tensor: any number of processes
         may have saved it. Metrics logged after that checkpoint are dropped, so that metrics.jsonl
-        tells one uninterrupted story."""
+        tells one uninterrupted story (but for `seconds`, which count from the last start)."""
         if is_main() and self.replace:                    # only now that all else has been loaded
             self._clear()
         barrier()                                         # the others look after that
@@ -590,9 +590,8 @@ class Run:
         save_tensors(self.folder / f"{name}.safetensors", tensors)
 
     def log(self, iteration, **values):
-        """Appends one line to metrics.jsonl, of several processes the mean of their numbers. What
-        is not finite becomes null: JSON has no NaN. On a GPU the peak of allocated memory joins
-        them."""
+        """Averages the values over the processes and appends one line to metrics.jsonl. What is not
+        finite becomes null: JSON has no NaN. On a GPU the peak of allocated memory joins them."""
         every = gather(torch.tensor([list(values.values())], dtype=torch.float64))
         values = dict(zip(values, every.nanmean(0).tolist(), strict=True))
         if not is_main():

@@ -125,7 +125,7 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha):
     Where the rule gives weight 1 only the conditional pass is run. So 28 steps cost 56 passes at
     α = 1, 51 at α = 0.94, and 28 at w = 1.
     """
-    # Counted, for the tests: "28×2" is a claim, and with α some of the 56 passes are never run.
+    # Counted, since "28×2" is a claim, and with α some of the 56 passes are never run.
     passes = 0
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
         # Above α nothing is guided, so that layouts stay varied. One σ holds for all samples here,
@@ -144,8 +144,8 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha):
 # ================================================================== pictures
 
 class Gallery:
-    """The sample grid of a training run: a row for each of some prompts, with noises of its own,
-    always the same."""
+    """The sample grid of a training run: a row for each of some prompts, always from the same
+    noises, those of `sampler.py --seed 42`."""
 
     def __init__(self, preset, prompts):
         # The same rows in every run and at every step: two grids differ only in the student.
@@ -253,8 +253,8 @@ def main(argv):
     save_pictures(torch.cat(pictures), settings.out, columns)
     blocks = len(student.transformer_blocks)
     evaluations = nfe(trained["steps"], span, blocks)
-    print(f"{settings.out}: {total} images, {evaluations:.4g} network evaluations each, "
-          f"{seconds:.1f} s")
+    print(f"{settings.out}: {total} images of {folder}, {evaluations:.4g} network evaluations "
+          f"each, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

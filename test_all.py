@@ -508,7 +508,7 @@ def test_no_two_iterations_draw_the_same():
 def test_the_values_of_stage_one_are_the_documented_ones():
     """The official code's, and the paper's α. Catches a constant that somebody tuned."""
     values = {"iterations": 500, "batch_size": 64, "student_lr": 5e-6, "fake_lr": 4e-5,
-                "alpha": 0.94, "guidance": 7.0}
+              "alpha": 0.94, "guidance": 7.0}
     assert values.items() <= train_stage1.SD3.items()
     assert train_stage1.BETAS == (0.0, 0.999) and train_stage1.WEIGHT_DECAY == 1e-4
     assert (train_stage1.CLIP_FAKE, train_stage1.CLIP_STUDENT) == (1.0, 2.0)
@@ -817,7 +817,7 @@ def test_alpha_costs_51_passes_on_the_stock_grid(teacher, prompts):
 
 # ================================================================== Stage II
 
-def test_turns_are_the_official_ones(monkeypatch):
+def test_turns_are_the_official_ones():
     """51 turns of D, then 1 G : 2 D: in 4000 turns 1317 of G. Catches 1 D : 2 G."""
     turns = [train_stage2.turn_of(i) for i in range(4000)]
     assert "generator" not in turns[:51]
@@ -1000,7 +1000,7 @@ def test_stage_twos_micro_batches_give_the_gradients_of_the_batch(stage2, finish
 def test_the_values_of_stage_two_are_the_documented_ones():
     """The official code's, and the paper's warm-up. Catches a constant that somebody tuned."""
     values = {"iterations": 4000, "batch_size": 32, "student_lr": 1e-5, "compensation_lr": 1e-3,
-                "discriminator_lr": 1e-5, "warmup": 500}
+              "discriminator_lr": 1e-5, "warmup": 500}
     assert values.items() <= train_stage2.SD3.items()
     assert train_stage2.BETAS == (0.9, 0.95) and train_stage2.WEIGHT_DECAY == 1e-4
     assert train_stage2.CLIP_GENERATOR == 2.0
@@ -1398,6 +1398,8 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     (train_stage2, ["--init", "FINISHED", "--reference", "FINISHED"], "needs more steps"),
     (train_stage2, ["--init", "FINISHED", "--references-from", "FINISHED2", "--seed", "5"],
      "has another seed: 3407, not 5"),
+    (train_stage2, ["--init", "FINISHED", "--references-from", "tiny/student"],
+     "holds no references"),
     (train_stage1, ["--prompts", "/dev/zero"], "--prompts /dev/zero: not a file"),
     (sampler, ["--prompt", "a \udcff", "--out", "x.png"], "--prompt is not UTF-8 text"),
     (sampler, ["--out", "picture.jpg"], "ends in .png"),

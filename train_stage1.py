@@ -150,8 +150,8 @@ def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
     # The fake score learns the velocity of the straight line through x̂0 and x. So it comes to know
     # where the student goes from each noise level, as the teacher knows it of real pictures. (In
-    # step one p still holds some of the noise that x̂0 came from. That this is right nevertheless is
-    # the official code's practice and no theorem: docs/TEACHING.md.)
+    # step one x still holds some of the noise that x̂0 came from, so the target is not exactly the
+    # velocity of the student's distribution. The official code does it so: docs/TEACHING.md.)
     # It is never guided [official]: it must describe the student's samples as they are.
     v, _ = velocity(fake_score, x, sigma, prompt)
     return fake_score_loss(v, x, x0, sigma)
@@ -172,7 +172,7 @@ def student_turn(student, teacher, fake_score, draws, path, prompt, uncond, sigm
     # Two networks judge the same re-noised sample, without gradient. p is re-noised as above, from
     # its own level. Then each takes one step from σ back to σ_{k+1}: p_teacher is where the
     # re-noised sample would go if it came from a real picture, p_fake where it would go if it came
-    # from the student.
+    # from the student. (x depends on p, and dx/dp is dropped, as in DMD.)
     with torch.no_grad():
         x = renoise(p, sigma_end, sigma, draws["noise_student"].to(p.device))
         v_teacher = guided_velocity(teacher, x, sigma, prompt, uncond, settings.guidance,
@@ -284,7 +284,7 @@ def main(argv):
             (loss / len(parts)).backward()                      # mean of parts = mean of the batch
             paths.append(path)
             losses_fake.append(loss.detach())
-        # Clips the gradients, takes the step and clears them (run.py).
+        # Clips the gradients to that norm, takes the step and clears them (run.py).
         norm_fake = clip_and_step([optimizers["fake_score"]], CLIP_FAKE)
 
         # ---- 3. the student moves along teacher minus fake score. It has not moved since the
@@ -340,10 +340,10 @@ def diagnose(gap, sigma, x0, sigmas, alpha):
         inside = (sigma > low) & (sigma <= high)
         metrics[f"gap_{low:g}_{high:g}"] = gap[inside].mean().item()
     metrics["x0_mean"] = x0.mean().item()
-    metrics["x0_std"] = x0.std().item()                         # the data's is 1
+    metrics["x0_std"] = x0.std().item()                         # the data's is 1; healthy below 1.3
     metrics["saturation"] = (x0.abs() > 4).float().mean().item()        # healthy: below 0.01
-    # Over the batch of all captions: healthy near 1. It sees one picture for all captions, not one
-    # scene for each.
+    # Over the batch of all captions: healthy near 1. It falls if all captions give one picture. It
+    # does not notice one scene a caption.
     metrics["x0_batch_std"] = x0.std(0).mean().item()
     return metrics
 

@@ -1,7 +1,7 @@
 """Stage II of 1.x-Distill: detail, by an adversarial loss on exactly the path that inference takes.
 
     python train_stage2.py                        # continues runs/tiny-stage1, minutes on a CPU
-    python train_stage2.py --cached-blocks none   # no cache: the paper's few-step students, "SFD"
+    python train_stage2.py --cached-blocks none   # without a cache: the paper's "SFD"
     torchrun --nproc-per-node 8 train_stage2.py --model sd3.5-large
 
 Step one runs in full and without gradient; it records Δ0 (cache.py). Step two skips the cached
@@ -15,8 +15,8 @@ no outside image is needed. The order of the script:
                   The generator's early turns (the warm-up) move f alone, later ones student and f
 Gradient: in the discriminator's turns it reaches its heads alone. In the generator's it flows from
 the heads back through the frozen backbone and the frozen VAE into step two, that is into f and the
-blocks that ran there; not into the skipped blocks, Δ0 or step one. (Step one shares the weights, so
-it changes, too; no loss checks it [official].)
+blocks that ran there; not into the skipped blocks, Δ0 or step one. (Step one has the same weights,
+so it drifts with them; no gradient passes through it [official].)
 
 Functions of other files that it uses:
   roll_out(student, noise, prompt, sigmas, span, f)      (latents, velocities, Δ0) of all its steps
@@ -98,7 +98,8 @@ SD3 = dict(
 )
 BETAS = (0.9, 0.95)             # [official] student, f and D; [paper, second hand] too
 WEIGHT_DECAY = 1e-4             # [official]
-CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly; D: none
+CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly (in the
+                                # warm-up of f alone: deviation 9); D: none
 D_ONLY = 50                     # [official] no turn of G before 50; the first multiple of 3 is 51
 D_PER_G = 2                     # [official] turns of the discriminator for each of the generator
 
@@ -126,7 +127,7 @@ def resolve(settings):
     if settings.dry_run and not Path(settings.init).exists():   # before Stage I has run
         side = config["sample_size"]
         stage1 = {"stage": 1, "model": preset.name, "steps": 2,
-                "latent_shape": [config["in_channels"], side, side]}
+                  "latent_shape": [config["in_channels"], side, side]}
     else:
         stage1 = read_settings(settings.init)
     if stage1["stage"] != 1 or stage1["model"] != preset.name:
@@ -143,9 +144,11 @@ def resolve(settings):
     # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
     if settings.references_from:
         other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
+        if not Path(settings.references_from, "references.safetensors").exists():
+            raise UserError(f"--references-from {settings.references_from} holds no references")
         for name in ("model", "prompts", "pool", "seed", "references", "reference", "alpha",
                      "guidance", "latent_shape"):
-            if other.get(name) != own[name]:
+            if name in own and other.get(name) != own[name]:
                 raise UserError(f"--references-from {settings.references_from} has another {name}: "
                                 f"{other.get(name)}, not {own[name]}")
     # Which blocks step two skips.
@@ -172,9 +175,9 @@ def last_step(student, x, prompt, sigmas, span, delta, f):
 
 
 def discriminator_turn(discriminator, picture, reference):
-    """The discriminator's loss, a scalar, and how often it ranks a reference above a picture
-    (paper, Stage II). picture and reference are [B, 3, 8H, 8W], without gradient: only the heads
-    learn here."""
+    """The discriminator's loss, a scalar, and how often a reference's logit is above its picture's,
+    place by place (paper, Stage II). picture and reference are [B, 3, 8H, 8W], without gradient:
+    only the heads learn here."""
     # One pass for both, so that both are judged by the same weights: a spectral norm divides by the
     # layer's largest singular value, and estimates it anew in every pass in train mode.
     logits = discriminator(torch.cat([reference, picture]))               # heads × [2B, places]
@@ -261,7 +264,8 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
             x, _ = sample_guided(maker, x, prompt, uncond, sigmas, w, stage1["alpha"])
             # Decoded now, one by one: decoding a 1024² latent costs more than a pass of the
             # transformer, and D looks at each reference about 110 times (miniature: 20). Clamped
-            # and 8-bit, as a picture in a file; the student's, which carry gradient, are not.
+            # and 8-bit, as a picture in a file. The student's is neither, in both kinds of turns:
+            # clamping would stop the gradient in G's (deviation 10).
             decoded = torch.cat([decode(one) for one in x.split(1)]).clamp(0, 1) * 255
         pictures.append(decoded.round().to(torch.uint8).cpu())
     return torch.cat(pictures)
@@ -276,13 +280,13 @@ def main(argv):
     print("\n".join(f"  {name:24}{value}" for name, value in vars(settings).items()))
     steps, shape = stage1["steps"], stage1["latent_shape"]
     if settings.dry_run:
-        # The roll-out; in every third turn, G's, a backward pass of the last step, which counts
+        # The roll-out; in G's turns, one of three, a backward pass of the last step, which counts
         # two, with checkpointing three. The VAE and the discriminator's backbone come on top.
         blocks = config["num_layers"]
         cached_step = nfe(2, span, blocks) - 1
         backward = (2 + settings.gradient_checkpointing) * cached_step
         print(cost(preset, config, shape, learning=1, frozen=0, samples=settings.batch_size,
-                   passes=nfe(steps, span, blocks) + backward / 3))
+                   passes=nfe(steps, span, blocks) + backward / (D_PER_G + 1)))
         return
     run = Run(settings.out, {"stage": 2, **vars(settings), "latent_shape": shape, "steps": steps,
                              "alpha": stage1["alpha"], "guidance": stage1["guidance"]}, device,
@@ -346,13 +350,11 @@ def main(argv):
             with torch.no_grad():
                 latents, _, delta = roll_out(student, noise, prompt, sigmas[:-1], span, f)
             x = latents[-1]                               # B×C×H×W, where the last step starts
-            # The heads' spectral norms run one power iteration for each pass in train mode. So
-            # train mode is for the first part of D's turns alone: one iteration a turn, whatever
-            # --accumulation is, and none in G's turns [official].
-            power_iteration = turn == "discriminator" and part is parts[0]
-            discriminator.heads.train(power_iteration)
 
             if turn == "discriminator":
+                # The heads' spectral norms run one power iteration for each pass in train mode: one
+                # a turn, whatever --accumulation is, and none in G's turns [official].
+                discriminator.heads.train(part is parts[0])
                 # ---- 2. D: the student's picture as inference makes it, against its reference
                 with torch.no_grad():
                     picture = decode(last_step(student, x, prompt, sigmas, span, delta, f))
@@ -360,6 +362,7 @@ def main(argv):
                 loss, rank = discriminator_turn(discriminator, picture, reference)
                 ranks.append(rank)
             else:
+                discriminator.heads.eval()
                 # ---- 3. G: the same step, with gradient; no reference is needed
                 sample = last_step(student, x, prompt, sigmas, span, delta, f)
                 loss = generator_turn(discriminator, decode, sample)
