@@ -103,21 +103,6 @@ CLIP_STUDENT = 2.0              # [official] largest gradient norm
 CLIP_FAKE = 1.0                 # [official]
 
 
-def resolve(settings):
-    """Checks the settings before anything is loaded. Returns the preset, the device, the prompts,
-    the transformer's config and the shape [C, H, W] of a latent."""
-    preset, device, texts, config, factor = prepare(settings, TINY, SD3, stage=1)
-    side = config["sample_size"]
-    if settings.resolution:
-        side = settings.resolution // factor
-        unit = factor * config["patch_size"]                    # pixels of an image token's side
-        largest = unit * config["pos_embed_max_size"]
-        if settings.resolution % unit or settings.resolution > largest:
-            raise UserError(f"--resolution {settings.resolution} is not a multiple of {unit} up to "
-                            f"{largest}")
-    return preset, device, texts, config, [config["in_channels"], side, side]
-
-
 # ================================================================== an iteration
 
 @torch.no_grad()
@@ -226,7 +211,45 @@ def draw_batch(i, settings, shape, sigmas, texts):
     return draws
 
 
+SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics, in the bar
+
+
+def diagnose(gap, sigma, x0, sigmas, alpha):
+    """What diagnoses a run (README: what you see while it trains), of the main process's rows: gap
+    and sigma [B] of the student's turn, x0 [B, C, H, W] the end of its path."""
+    metrics = {"gap": gap.mean().item()}
+    # |v_teacher − v_fake| by re-noise level. The bins end at 0, 0.5, α, 1 and the steps' levels;
+    # one that holds no sample is null in the log. Above α, where nobody is guided, the gap starts
+    # small.
+    edges = sorted({0.0, 0.5, alpha, 1.0, *sigmas.tolist()})
+    for low, high in itertools.pairwise(edges):
+        inside = (sigma > low) & (sigma <= high)
+        metrics[f"gap_{low:g}_{high:g}"] = gap[inside].mean().item()
+    metrics["x0_mean"] = x0.mean().item()
+    metrics["x0_std"] = x0.std().item()                         # the data's is 1; healthy below 1.3
+    metrics["saturation"] = (x0.abs() > 4).float().mean().item()        # healthy: below 0.01
+    # Over the batch of all captions: healthy near 1. It falls if all captions give one picture. It
+    # does not notice one scene a caption.
+    metrics["x0_batch_std"] = x0.std(0).mean().item()
+    return metrics
+
+
 # ================================================================== the script
+
+def resolve(settings):
+    """Checks the settings before anything is loaded. Returns the preset, the device, the prompts,
+    the transformer's config and the shape [C, H, W] of a latent."""
+    preset, device, texts, config, factor = prepare(settings, TINY, SD3, stage=1)
+    side = config["sample_size"]
+    if settings.resolution:
+        side = settings.resolution // factor
+        unit = factor * config["patch_size"]                    # pixels of an image token's side
+        largest = unit * config["pos_embed_max_size"]
+        if settings.resolution % unit or settings.resolution > largest:
+            raise UserError(f"--resolution {settings.resolution} is not a multiple of {unit} up to "
+                            f"{largest}")
+    return preset, device, texts, config, [config["in_channels"], side, side]
+
 
 @command
 def main(argv):
@@ -323,29 +346,6 @@ def main(argv):
     run.finish()
     print(f"{run.folder}/student: {settings.steps} steps, {time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")
-
-
-SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics, in the bar
-
-
-def diagnose(gap, sigma, x0, sigmas, alpha):
-    """What diagnoses a run (README: what you see while it trains), of the main process's rows: gap
-    and sigma [B] of the student's turn, x0 [B, C, H, W] the end of its path."""
-    metrics = {"gap": gap.mean().item()}
-    # |v_teacher − v_fake| by re-noise level. The bins end at 0, 0.5, α, 1 and the steps' levels;
-    # one that holds no sample is null in the log. Above α, where nobody is guided, the gap starts
-    # small.
-    edges = sorted({0.0, 0.5, alpha, 1.0, *sigmas.tolist()})
-    for low, high in itertools.pairwise(edges):
-        inside = (sigma > low) & (sigma <= high)
-        metrics[f"gap_{low:g}_{high:g}"] = gap[inside].mean().item()
-    metrics["x0_mean"] = x0.mean().item()
-    metrics["x0_std"] = x0.std().item()                         # the data's is 1; healthy below 1.3
-    metrics["saturation"] = (x0.abs() > 4).float().mean().item()        # healthy: below 0.01
-    # Over the batch of all captions: healthy near 1. It falls if all captions give one picture. It
-    # does not notice one scene a caption.
-    metrics["x0_batch_std"] = x0.std(0).mean().item()
-    return metrics
 
 
 if __name__ == "__main__":

@@ -114,53 +114,6 @@ def turn_of(i):
     return "discriminator"
 
 
-def resolve(settings):
-    """Checks the settings before anything is loaded. Returns the preset, the device, the prompts,
-    the transformer's config, the settings of the Stage I run and the span (n, m) or None."""
-    preset, device, texts, config, _ = prepare(settings, TINY, SD3, stage=2)
-    settings.cached_blocks = settings.cached_blocks or preset.cached_blocks
-    settings.init = str(Path(settings.init or f"runs/{Path(preset.name).name}-stage1"))
-    if settings.discriminator:
-        preset = dataclasses.replace(preset, discriminator=settings.discriminator)
-
-    # Where to start: a Stage I run of the same base model.
-    if settings.dry_run and not Path(settings.init).exists():   # before Stage I has run
-        side = config["sample_size"]
-        stage1 = {"stage": 1, "model": preset.name, "steps": 2,
-                  "latent_shape": [config["in_channels"], side, side]}
-    else:
-        stage1 = read_settings(settings.init)
-    if stage1["stage"] != 1 or stage1["model"] != preset.name:
-        raise UserError(f"{settings.init} is a run of Stage {stage1['stage']} from "
-                        f"{stage1['model']}; --init takes one of Stage I from {preset.name}")
-    # Who makes the references must be better than the student, or D teaches nothing new.
-    if settings.reference != "teacher":
-        other = read_settings(settings.reference)
-        same_base = other["model"] == stage1["model"]
-        same_size = other["latent_shape"] == stage1["latent_shape"]
-        if other["steps"] <= stage1["steps"] or not same_base or not same_size:
-            raise UserError(f"--reference {settings.reference} needs more steps than --init "
-                            f"{settings.init}, and the same base model and picture size")
-    # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
-    if settings.references_from:
-        other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
-        if not Path(settings.references_from, "references.safetensors").exists():
-            raise UserError(f"--references-from {settings.references_from} holds no references")
-        for name in ("model", "prompts", "pool", "seed", "references", "reference", "alpha",
-                     "guidance", "latent_shape"):
-            if name in own and other.get(name) != own[name]:
-                raise UserError(f"--references-from {settings.references_from} has another {name}: "
-                                f"{other.get(name)}, not {own[name]}")
-    # Which blocks step two skips.
-    if settings.cached_blocks == "none":
-        return preset, device, texts, config, stage1, None
-    if stage1["steps"] < 2:
-        raise UserError(f"{settings.init} has one step; a cache needs a second one: "
-                        "--cached-blocks none")
-    span = parse_span(settings.cached_blocks, config["num_layers"])
-    return preset, device, texts, config, stage1, span
-
-
 # ================================================================== the two kinds of turns
 
 def last_step(student, x, prompt, sigmas, span, delta, f):
@@ -272,6 +225,53 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
 
 
 # ================================================================== the script
+
+def resolve(settings):
+    """Checks the settings before anything is loaded. Returns the preset, the device, the prompts,
+    the transformer's config, the settings of the Stage I run and the span (n, m) or None."""
+    preset, device, texts, config, _ = prepare(settings, TINY, SD3, stage=2)
+    settings.cached_blocks = settings.cached_blocks or preset.cached_blocks
+    settings.init = str(Path(settings.init or f"runs/{Path(preset.name).name}-stage1"))
+    if settings.discriminator:
+        preset = dataclasses.replace(preset, discriminator=settings.discriminator)
+
+    # Where to start: a Stage I run of the same base model.
+    if settings.dry_run and not Path(settings.init).exists():   # before Stage I has run
+        side = config["sample_size"]
+        stage1 = {"stage": 1, "model": preset.name, "steps": 2,
+                  "latent_shape": [config["in_channels"], side, side]}
+    else:
+        stage1 = read_settings(settings.init)
+    if stage1["stage"] != 1 or stage1["model"] != preset.name:
+        raise UserError(f"{settings.init} is a run of Stage {stage1['stage']} from "
+                        f"{stage1['model']}; --init takes one of Stage I from {preset.name}")
+    # Who makes the references must be better than the student, or D teaches nothing new.
+    if settings.reference != "teacher":
+        other = read_settings(settings.reference)
+        same_base = other["model"] == stage1["model"]
+        same_size = other["latent_shape"] == stage1["latent_shape"]
+        if other["steps"] <= stage1["steps"] or not same_base or not same_size:
+            raise UserError(f"--reference {settings.reference} needs more steps than --init "
+                            f"{settings.init}, and the same base model and picture size")
+    # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
+    if settings.references_from:
+        other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
+        if not Path(settings.references_from, "references.safetensors").exists():
+            raise UserError(f"--references-from {settings.references_from} holds no references")
+        for name in ("model", "prompts", "pool", "seed", "references", "reference", "alpha",
+                     "guidance", "latent_shape"):
+            if name in own and other.get(name) != own[name]:
+                raise UserError(f"--references-from {settings.references_from} has another {name}: "
+                                f"{other.get(name)}, not {own[name]}")
+    # Which blocks step two skips.
+    if settings.cached_blocks == "none":
+        return preset, device, texts, config, stage1, None
+    if stage1["steps"] < 2:
+        raise UserError(f"{settings.init} has one step; a cache needs a second one: "
+                        "--cached-blocks none")
+    span = parse_span(settings.cached_blocks, config["num_layers"])
+    return preset, device, texts, config, stage1, span
+
 
 @command
 def main(argv):
