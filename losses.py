@@ -114,9 +114,9 @@ def guidance_weight(sigma, w, alpha):
     runs, too, against the new rule's teacher.
     """
     # At high noise the layout begins. Guidance there pulls every sample to the most likely layout,
-    # before the guess x̂0 shows one (docs/RESULTS.md). The student sees the guided teacher alone and
-    # never learns the other layouts. Off at high noise, on below: the layouts stay varied and the
-    # details still get their guidance.
+    # before the guess x̂0 shows one (docs/RESULTS.md). The student sees the guided teacher alone
+    # and never learns the other layouts. Off at high noise, on below: the layouts stay varied and
+    # the details still get their guidance.
     # α is compared with the shifted σ, inclusive, as in the official code (deviation 1: the paper's
     # own t may be unshifted, and u = 0.94 is σ = 0.979).
     return torch.where(torch.as_tensor(sigma) <= alpha, w, 1.0)
@@ -277,8 +277,8 @@ def fake_score_loss(v, x, x0, sigma):
     v is the fake score's velocity at x [B, C, H, W], the re-noised sample at sigma [B]; x0 is the
     student's guess x̂0.
     """
-    # The target is the velocity of the straight line through x̂0 (at level 0) and x_σ: an Euler step
-    # with it from σ to 0 lands on x̂0. Were the latents bf16, the quotient would be 5 % off at
+    # The target is the velocity of the straight line through x̂0 (at level 0) and x_σ: an Euler
+    # step with it from σ to 0 lands on x̂0. Were the latents bf16, the quotient would be 5 % off at
     # σ = 0.03 and 59 % at 0.003, the grid's lowest level. So they stay fp32.
     assert x.dtype == x0.dtype == torch.float32, "latents stay in fp32"
     target = (x - x0) / to_shape(sigma, x)
