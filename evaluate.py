@@ -42,6 +42,7 @@ from run import (UserError, command, fill_in, option, parse_settings, read_setti
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+from transformers import ConvNextV2Backbone
 
 from cache import NOTHING, make_compensation, nfe
 from losses import guidance_weight
@@ -125,7 +126,6 @@ class TinyMeter(torch.nn.Module):
 
     def __init__(self, preset):
         super().__init__()
-        from transformers import ConvNextV2Backbone
         # Not the discriminator's backbone: Stage II learns to please that one, so a distance in
         # its features would flatter Stage II. This one has another seed, depth and width.
         backbone = load_part(ConvNextV2Backbone, preset.source, "metric_backbone", torch.float32)

@@ -41,13 +41,19 @@ from run import (UserError, barrier, fill_in, full_state, is_main, load_full, ne
                  processes, rng, save_tensors, save_whole)
 
 import torch
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline)
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers import (AutoConfig, CLIPTextModelWithProjection, ConvNextV2Backbone,
+                          T5EncoderModel)
 from transformers.utils import logging as transformers_logging
 
 from cache import CachedSD3, check_span, make_compensation
@@ -93,7 +99,6 @@ class Decoder:
     white. Not clamped, so that gradient flows everywhere: some values lie a little outside."""
 
     def __init__(self, preset, device, checkpointing=False, compiled=False):
-        from diffusers import AutoencoderKL
         # On a GPU it is stored in bf16: half the memory, and in the miniature 0.26 of 255 levels on
         # the mean.
         self.vae = load_part(AutoencoderKL, preset.source, "vae", frozen_dtype(device))
@@ -124,7 +129,6 @@ class Head(torch.nn.Module):
 
     def __init__(self, channels, width, pooled):
         super().__init__()
-        from torch.nn.utils.parametrizations import spectral_norm
         if pooled:
             hidden = torch.nn.Linear(channels, width)
         else:
@@ -367,7 +371,6 @@ def check_base(preset, offline=False):
     Reads configs alone, so a mistake costs nothing; offline, a preset's without a download."""
     if offline and preset.architecture:
         return preset.architecture, 8
-    from diffusers import AutoencoderKL
     with loading("the configs", preset.source):
         config = CachedSD3.load_config(preset.source, subfolder="transformer")
         vae = AutoencoderKL.load_config(preset.source, subfolder="vae")
@@ -439,7 +442,6 @@ def pick_device(preset, name=None):
 
 def load_scheduler(preset):
     """The base model's own FlowMatchEulerDiscreteScheduler."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
     with loading("the scheduler", preset.source):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(preset.source, subfolder="scheduler")
 
@@ -574,7 +576,6 @@ def download(preset):
     # without a network.
     if Path(preset.source).is_dir():
         return preset
-    from diffusers import StableDiffusion3Pipeline
     with loading("the pipeline", preset.source):
         folder = StableDiffusion3Pipeline.download(preset.source, use_safetensors=True)
     return dataclasses.replace(preset, source=str(folder))
@@ -666,8 +667,7 @@ def frozen_dtype(device):
 
 def load_backbone(source):
     """A frozen ConvNeXtV2 with all its feature maps, from a folder or the hub."""
-    # transformers' AutoBackbone fails on local folders, so the class is named here.
-    from transformers import AutoConfig, ConvNextV2Backbone
+    # By its class: transformers' AutoBackbone fails on local folders.
     revision = BACKBONE_REVISION if source == BACKBONE else None
     with loading("the discriminator's backbone", source):
         # All stages but the first name, which is the stem.
@@ -682,8 +682,6 @@ def load_backbone(source):
 
 def load_pipeline(preset, dtype, **parts):
     """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components."""
-    from diffusers import StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
     # Loaded one by one, so that a missing tensor is seen. A folder without T5 loads only when it is
     # told so, whatever its model_index.json says.
     encoders = {"text_encoder": CLIPTextModelWithProjection,
@@ -704,7 +702,6 @@ def load_pipeline(preset, dtype, **parts):
 def forward_flops(net, shape, tokens, **cached):
     """(FLOPs, Δ0) of one forward of a transformer on the meta device, for one sample of latents
     `shape` [C, H, W] and `tokens` text tokens; cached as in CachedSD3.forward."""
-    from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):                            # shapes without memory or arithmetic
         x = torch.zeros(1, *shape)
         embeds = torch.zeros(1, tokens, net.config.joint_attention_dim)
@@ -809,7 +806,6 @@ def merge_lora(net):
 def save_transformer(net, folder, half, lora_rank=None):
     """Writes a stock transformer folder of a network that may be sharded, LoRA merged into its
     weights, in half precision if so told. All processes call it; the main one writes."""
-    from diffusers import SD3Transformer2DModel
     state = full_state(net)
     if not is_main():
         return

@@ -21,6 +21,7 @@ from run import (UserError, command, is_main, option, parse_settings, read_setti
                  save_whole)
 
 import torch
+from PIL import Image
 
 from cache import nfe
 from losses import euler, guidance_weight, guide, shift_sigma
@@ -181,7 +182,6 @@ class Gallery:
 def save_pictures(pictures, path, columns):
     """Saves pictures [B, 3, H, W] in [0, 1] as one PNG grid, whole or not at all; small ones are
     shown enlarged to about 96 pixels."""
-    from PIL import Image
     h, w = pictures.shape[2:]
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (w + 2), rows * (h + 2)), "white")

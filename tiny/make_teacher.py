@@ -17,6 +17,10 @@ from run import Run, UserError, adamw, command, option, parse_settings, rng, sav
 
 import torch
 import torch.nn.functional as F
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline)
+from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer,
+                          ConvNextV2Backbone, ConvNextV2Config)
 
 from losses import shift_sigma
 from tiny.world import (CAPTIONS, COLOURS, SCENES, SHAPES, SIZE, WORDS, draw, sample_labels,
@@ -84,7 +88,6 @@ def fit(name, model, loss_at, steps, lr, settings, ema=None):
 def make_vae(settings):
     """AutoencoderKL with factor 4: pictures [B, 3, 32, 32] to latents [B, 4, 8, 8]. Its config
     whitens the latents, as SD3's does."""
-    from diffusers import AutoencoderKL
     torch.manual_seed(settings.seed)
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(24, 32, 48),
@@ -116,7 +119,6 @@ def make_vae(settings):
 def make_tokenizer(folder):
     """A CLIPTokenizer whose vocabulary is the captions' words, one token each; at most 8 tokens a
     caption, start and end counted."""
-    from transformers import CLIPTokenizer
     vocabulary, merges = {}, []
     for char in sorted(set("".join(WORDS))):
         vocabulary[char] = len(vocabulary)
@@ -142,7 +144,6 @@ def make_tokenizer(folder):
 def make_text_encoder(tokenizer, index, settings):
     """A small CLIP text encoder with projection, width 32. An untrained one would give all captions
     nearly the same vector, so it learns for seconds to tell them, and the empty one, apart."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
     torch.manual_seed(settings.seed * 2 + index + 1)      # the two encoders differ
     model = CLIPTextModelWithProjection(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32,
@@ -174,8 +175,6 @@ def make_text_encoder(tokenizer, index, settings):
 def make_transformer(vae, tokenizer, encoders, settings):
     """The finished pipeline. Its SD3Transformer2DModel has 12 blocks and width 128; it learns by
     flow matching with caption dropout, and its moving average is kept."""
-    from diffusers import (FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
-                           StableDiffusion3Pipeline)
     torch.manual_seed(settings.seed)
     model = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=12,
@@ -245,7 +244,6 @@ def flow_matching_loss(net, bank, embeds, pooled, shift, generator):
 def make_backbone(name, depths, widths, seed, settings):
     """A small ConvNeXt V2 that learns to tell shape, colour and scene. Kept without its head, as a
     feature network: one for the discriminator, another one for the metrics."""
-    from transformers import ConvNextV2Backbone, ConvNextV2Config
     torch.manual_seed(seed)
     net = torch.nn.Module()
     net.backbone = ConvNextV2Backbone(ConvNextV2Config(

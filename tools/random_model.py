@@ -18,6 +18,12 @@ from pathlib import Path
 from run import UserError, command, option, parse_settings, save_whole
 
 import torch
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer,
+                          ConvNextV2Backbone, ConvNextV2Config, T5Config, T5EncoderModel,
+                          T5Tokenizer)
 
 from model import PRESETS
 
@@ -49,8 +55,6 @@ class Settings:
 
 def clip_tokenizer():
     """A CLIPTokenizer of 77 tokens without a merge: each byte of a prompt is a token."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
     letters = sorted(ByteLevel.alphabet())                # CLIP's names of the 256 bytes
     ends = [letter + "</w>" for letter in letters]        # the same bytes at the end of a word
     pieces = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]
@@ -64,7 +68,6 @@ def t5_tokenizer():
     T5 expects <pad>, </s> and <unk> as tokens 0, 1, 2. "▁" stands for a space. The number beside a
     piece is the logarithm of its probability; here all are alike.
     """
-    from transformers import T5Tokenizer
     pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
     return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0,
                        model_max_length=512)
@@ -72,7 +75,6 @@ def t5_tokenizer():
 
 def clip_encoder(tokenizer, width, heads):
     """A small CLIP text encoder with projection, hidden states of `width`."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
     return CLIPTextModelWithProjection(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, projection_dim=width,
         intermediate_size=width, num_hidden_layers=LAYERS, num_attention_heads=heads,
@@ -82,7 +84,6 @@ def clip_encoder(tokenizer, width, heads):
 
 def t5_encoder(tokenizer):
     """A T5 encoder of true width with one narrow layer."""
-    from transformers import T5Config, T5EncoderModel
     return T5EncoderModel(T5Config(
         vocab_size=len(tokenizer), d_model=T5_WIDTH, num_layers=1, num_heads=4, d_kv=64, d_ff=256,
         feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
@@ -92,7 +93,6 @@ def t5_encoder(tokenizer):
 
 def random_transformer(config):
     """The transformer of a config, made in half precision: SD3.5-Large would take 32 GB in fp32."""
-    from diffusers import SD3Transformer2DModel
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float16)
     try:
@@ -103,8 +103,6 @@ def random_transformer(config):
 
 def write_pipeline(folder, config):
     """Writes a stock pipeline and, beside it, the discriminator's backbone."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-    from transformers import ConvNextV2Backbone, ConvNextV2Config
     torch.manual_seed(0)                                  # the same folder for everybody
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     pipe = StableDiffusion3Pipeline(

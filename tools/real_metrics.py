@@ -18,6 +18,7 @@ Dimension key: n pictures of one prompt, F features. Pictures [n, 3, H, W] lie i
 from run import UserError
 
 import torch
+from transformers import BitImageProcessor, CLIPModel, CLIPProcessor, Dinov2Model
 
 from model import CLIP, DINO, PICKSCORE, PICKSCORE_PROCESSOR, load_part, loading
 
@@ -35,7 +36,6 @@ class RealMeter(torch.nn.Module):
 
     def __init__(self, clip=None, pickscore=None, dino=None):
         super().__init__()
-        from transformers import BitImageProcessor, CLIPModel, CLIPProcessor, Dinov2Model
         self.processors, self.resize, self.missing = {}, {}, {}
         for name, cls, source, processor, its_source in (
                 ("clip", CLIPModel, clip or CLIP, CLIPProcessor, clip or CLIP),

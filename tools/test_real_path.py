@@ -15,9 +15,12 @@ import pytest
 
 import run  # first, as in every script: it silences what the others import
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderTiny, SD3Transformer2DModel
+from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import (BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel,
+                          CLIPProcessor, Dinov2Config, Dinov2Model)
 
 import evaluate
 import model
@@ -102,8 +105,6 @@ def pulls(folder):
 
 def meters(folder):
     """Stand-ins for CLIP, PickScore and DINOv2, as options of evaluate.py."""
-    from transformers import (BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel,
-                              CLIPProcessor, Dinov2Config, Dinov2Model)
     torch.manual_seed(0)
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     vision = dict(**small, image_size=16, patch_size=8)
@@ -205,7 +206,6 @@ def python_of(page):
 def test_the_pages_lines_run_after_the_cards(real, tmp_path, monkeypatch):
     """docs/REAL_MODELS.md: blocks compiled, the prompt kept, a small VAE, four pictures at once.
     README.md: the cache in three lines, on another run and base."""
-    from diffusers import AutoencoderTiny
     stranger, names = Stranger(real, tmp_path / "up", monkeypatch), {}
     AutoencoderTiny(latent_channels=16, encoder_block_out_channels=[8] * 4,
                     decoder_block_out_channels=[8] * 4).save_pretrained(tmp_path / "taesd3")
@@ -460,7 +460,6 @@ def test_compiling_is_for_real_models_on_cuda_where_it_can_be(monkeypatch, capsy
 def test_what_cannot_be_downloaded_is_told_by_its_reason(offline, error, words, monkeypatch):
     """The libraries wrap the hub's errors. Catches "accept the licence" where the network is
     missing."""
-    from huggingface_hub import errors
     monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", offline)
     cause = getattr(errors, error).__new__(getattr(errors, error))
 
