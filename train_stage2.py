@@ -352,19 +352,19 @@ def main(argv):
             x = latents[-1]                               # B×C×H×W, where the last step starts
 
             if turn == "discriminator":
-                # The heads' spectral norms run one power iteration for each pass in train mode: one
-                # a turn, whatever --accumulation is, and none in G's turns [official].
-                discriminator.heads.train(part is parts[0])
                 # ---- 2. D: the student's picture as inference makes it, against its reference
                 with torch.no_grad():
                     picture = decode(last_step(student, x, prompt, sigmas, span, delta, f))
                 reference = references[part["noise_index"]].to(device) / 255
+                # The heads' spectral norms run one power iteration for each pass in train mode: one
+                # a turn, whatever --accumulation is, and none in G's turns [official].
+                discriminator.heads.train(part is parts[0])
                 loss, rank = discriminator_turn(discriminator, picture, reference)
                 ranks.append(rank)
             else:
-                discriminator.heads.eval()
                 # ---- 3. G: the same step, with gradient; no reference is needed
                 sample = last_step(student, x, prompt, sigmas, span, delta, f)
+                discriminator.heads.eval()
                 loss = generator_turn(discriminator, decode, sample)
             (loss / len(parts)).backward()                # mean of parts = mean of the batch
             losses.append(loss.detach())
