@@ -323,6 +323,8 @@ def count_nfe(preset, span, steps=2, shape=None):
     """{"blocks", "flops", "flops_with_f"}: network evaluations of a student with span (n, m) or
     None, counted by blocks, by FLOPs, and by FLOPs with f. One evaluation is one full forward, of
     latents of this shape [C, H, W] (default: the model's own)."""
+    if not span:
+        return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
     # The paper counts blocks. Blocks are not all of a pass (embedding, projection), not all alike
     # (SD3.5-Medium has two kinds), and f is not free: so FLOPs are counted, too.
     config, _ = check_base(preset, offline=True)

@@ -137,7 +137,7 @@ def importance_curve(name):
     """Weights [1001] over the training grid's index (0 = noise) for drawing the student's re-noise
     level (Stage I; a small plot in the paper's overview figure, titled "function-c").
 
-    official  what the official code calls preset c; it is not the plotted curve
+    official  a hump, highest at σ = 0.912: the official code's preset c, not the plotted curve
     paper     read off that plot; its axis is taken as the unshifted u [ours, deviation 5]
     uniform   every index alike; the fake score always uses this one [official]
     """

@@ -1422,9 +1422,10 @@ def test_a_mistake_is_one_line_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_what_it_costs_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    """SD3-Medium without a download, as it fits 80 GB: in parts of 16, checkpointed. Catches a plan
-    that needs the gated weights."""
+def test_a_dry_run_tells_what_it_costs_and_writes_nothing(finished2, tmp_path, monkeypatch, capsys):
+    """SD3-Medium without a download, as it fits 80 GB: in parts of 16, checkpointed; and a folder,
+    by its configs. Catches a plan that needs gated weights, or a Stage I run that is not there yet.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("asked the network"))
     train_stage1.main(["--model", "sd3-medium", "--dry-run"])
@@ -1433,6 +1434,9 @@ def test_a_dry_run_tells_what_it_costs_and_writes_nothing(tmp_path, monkeypatch,
     assert re.findall("(?:accumulation|checkpointing) +(.*)", text) == ["4", "True", "8", "False"]
     assert "2.03 billion parameters" in text and "= 64.9 GB" in text and "13 passes" in text
     assert "8.06 billion parameters" in text and "2.22807 passes" in text
+    train_stage1.main(["--model", TINY.source, "--dry-run"])
+    train_stage2.main(["--references", "8", "--references-from", str(finished2), "--dry-run"])
+    assert capsys.readouterr().out.count("billion parameters") == 2
     assert not list(tmp_path.iterdir())
 
 

@@ -409,10 +409,11 @@ def test_a_stage_one_run_of_more_steps_makes_the_references(real, tmp_path, caps
     assert "2.000 network evaluations" in capsys.readouterr().out     # 1 + 3·(1/3)
 
 
-def test_references_of_another_run_are_taken(real, tmp_path, monkeypatch):
-    """Catches pictures of other prompts, and hours of the teacher."""
+def test_references_of_another_run_are_taken(real, tmp_path, monkeypatch, capsys):
+    """If its draws were the same. Catches pictures of other prompts, and hours of the teacher."""
     monkeypatch.setattr(train_stage2, "make_references", None)
     argv = line_of(train_stage2, tmp_path, *real.again, "--references-from", real.stage2)
+    assert "another pool: 4, not 3" in refused(train_stage2.main, [*argv, "--pool", "3"], capsys)
     train_stage2.main(argv)
     assert same(weights(tmp_path), weights(real.stage2))
 
