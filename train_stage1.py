@@ -272,7 +272,8 @@ def main(argv):
     # ------------------------------------------------------------- three networks, one base
     preset = download(preset)                                   # now a folder on this disk
     prompts = Prompts(preset, texts, device, [run.folder])      # frees the text encoders again
-    # place() moves a network to its device; several processes share it in pieces (spread).
+    # place() moves a network to its device; several processes share it in pieces (spread: the main
+    # one alone reads the weights). frozen_on: it never learns, so on a GPU bf16 is enough.
     compiled = not settings.no_compile
     teacher = place(load_transformer(preset, frozen_on=device, spread=True), device, compiled)
     student = place(load_transformer(preset, spread=True), device, compiled)

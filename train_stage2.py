@@ -254,6 +254,7 @@ def resolve(settings):
             raise UserError(f"--reference {settings.reference} needs more steps than --init "
                             f"{settings.init}, and the same base model and picture size")
     # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
+    # In `own` Stage II's options stand over Stage I's of the same name.
     if settings.references_from:
         other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
         if not Path(settings.references_from, "references.safetensors").exists():
