@@ -273,12 +273,6 @@ class Preset:
     picture_std: tuple = (0.229, 0.224, 0.225)
 
     @property
-    def public_name(self):
-        """What a model card calls it: a hub id where it has one, else a folder."""
-        source = PRESETS[self.name].source if self.name in PRESETS else self.name
-        return source.removeprefix(f"{HERE}/")            # tiny/sd3
-
-    @property
     def tokens(self):
         """L, the text tokens of a prompt: 77 of CLIP and T5's, or the 8 of tiny/sd3's CLIPs."""
         return 8 if self.is_tiny else 77 + self.text_length

@@ -1,10 +1,10 @@
-"""All that is not the method: the command line, randomness, processes, the run folder, its model
-card. Skip this file when you read beside the paper.
+"""All that is not the method: the command line, randomness, processes, the run folder. Skip this
+file when you read beside the paper.
 
 A run folder holds settings.json, prompts.safetensors, metrics.jsonl, samples/, the two newest
-checkpoint-NNNNNN/ and, at the end, the result: student/, a model card and what it needs. Everything
-is safetensors or JSON. Nothing is ever unpickled, so loading a stranger's checkpoint cannot run a
-stranger's code.
+checkpoint-NNNNNN/ and, at the end, the result: student/ and, of Stage II, compensation.safetensors.
+Everything is safetensors or JSON. Nothing is ever unpickled, so loading a stranger's checkpoint
+cannot run a stranger's code.
 
 Four promises are kept here, each once:
   repeatable    rng: whatever is random depends on (seed, iteration) alone, so nothing is saved
@@ -652,75 +652,6 @@ def newest_student(folder):
     if newest_iteration(folder) > read_settings(folder)["finished"]:
         return checkpoints(folder)[-1]
     return Path(folder) / "student"
-
-
-def publish(folder, preset, sigmas, evaluations, span=None, f=None):
-    """Makes the run folder one that can be published as it is, `hf upload ME/NAME FOLDER`: a model
-    card README.md with the code that loads the result; for two steps scheduler/, with which
-    num_inference_steps=2 is right; for a span cache.py. preset is the base model's; sigmas are
-    what the stock pipeline takes."""
-    if not is_main():
-        return
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    # The hub leaves out of an upload what this file names: what only resuming needs.
-    write_text(folder / ".gitignore", "checkpoint-*\nprompts.safetensors\nreferences.safetensors\n")
-    steps, scheduler, cache = len(sigmas), "", ""
-    how = f"{steps} steps"
-    call = f"sigmas={sigmas}, num_inference_steps={steps}"
-    if steps == 2:
-        # From σ = 1 to shift_terminal, in as many steps as are asked for, and then to 0.
-        stock = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.75)
-        stock.save_pretrained(folder / "scheduler")
-        call = "num_inference_steps=2"
-        scheduler = ("pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, "
-                     "subfolder=\"scheduler\")\n")
-    if span:
-        shutil.copy(Path(__file__).with_name("cache.py"), folder)
-        how += f"; from the second on blocks {span[0]} to {span[1]} are skipped"
-        cache = ("sys.path.append(folder)                 # cache.py lies there\n"
-                 "from cache import BlockCache, make_compensation\n")
-        if f is None:
-            cache += "f = None\n"
-        else:
-            cache += ("f = make_compensation(student.inner_dim).to(device, dtype)\n"
-                      "f.load_state_dict(load_file(f\"{folder}/compensation.safetensors\"))\n")
-        cache += f"cache = BlockCache(pipe.transformer, {span}, f, steps={steps})\n"
-    parts = ""
-    if not preset.text_length:                            # a base without T5
-        parts = "text_encoder_3=None, tokenizer_3=None, "
-        call += ", max_sequence_length=0"
-    write_text(folder / "README.md", CARD.format(
-        base=preset.public_name, name=folder.resolve().name, evaluations=evaluations, how=how,
-        call=call, parts=parts, scheduler=scheduler, cache=cache))
-
-
-CARD = """\
----
-base_model: {base}
-library_name: diffusers
-pipeline_tag: text-to-image
-license: other
-license_name: that-of-the-base-model
-license_link: https://huggingface.co/{base}
----
-# {name}
-{base} distilled to {evaluations:.4g} network evaluations a picture ({how}) by \
-[1.x-Distill](https://arxiv.org/abs/2604.04018). All settings are in settings.json.
-```python
-import sys
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers import StableDiffusion3Pipeline
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
-device, dtype = "cuda", torch.bfloat16
-folder = snapshot_download("ME/{name}")
-student = SD3Transformer2DModel.from_pretrained(folder, subfolder="student", torch_dtype=dtype)
-pipe = StableDiffusion3Pipeline.from_pretrained(
-    "{base}", transformer=student, {parts}torch_dtype=dtype).to(device)
-{scheduler}{cache}image = pipe("PROMPT", {call}, guidance_scale=1.0).images[0]
-```
-"""
 
 
 def draw_curves(folder):

@@ -50,8 +50,7 @@ def stock_sigmas(steps):
     # With the base's scheduler never rely on num_inference_steps=2 alone: it spreads two steps over
     # all of its noise levels, from the highest, 1, to its lowest, which it shifts twice (0.001 to
     # 0.003 to 0.0089): σ = 1, 0.0089, 0. So step one jumps from pure noise nearly to the picture,
-    # farther than it was trained to, and the picture is blurred. (A published run has its own
-    # scheduler.)
+    # farther than it was trained to, and the picture is blurred.
     return [round(1 - i / steps, 6) for i in range(steps)]
 
 

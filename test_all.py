@@ -766,12 +766,11 @@ def test_nfe_counts_the_papers_numbers():
 
 # ================================================================== the samplers
 
-@pytest.mark.parametrize("steps, call", [
-    (2, {"sigmas": [1.0, 0.5]}), (4, {"sigmas": [1.0, 0.75, 0.5, 0.25]}), (2, {})])
-def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, prompts, steps, call):
-    """One grid for training, sampling and export: by the base's scheduler told the sigmas, by the
-    run's own told nothing. student/ is a stock folder. Catches another last level,
-    num_inference_steps that needs sigmas, our class's name or f's weights in the folder."""
+@pytest.mark.parametrize("steps, told", [
+    (2, [1.0, 0.5]), (4, [1.0, 0.75, 0.5, 0.25])])
+def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, prompts, steps, told):
+    """One grid for training, sampling and export. student/ is a stock folder. Catches another last
+    level, our class's name or f's weights in the folder."""
     student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, CPU)
     noise = sampler.image_noise(0, range(3), SHAPE)
     with torch.no_grad():
@@ -781,15 +780,12 @@ def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, pro
         finished / "student", torch_dtype=torch.float32, output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
     assert stock.load_config(finished / "student")["_class_name"] == "SD3Transformer2DModel"
-    parts = {**stock_pipe.components, "transformer": stock}
-    if not call:
-        parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(finished / "scheduler")
-    pipe = StableDiffusion3Pipeline(**parts)
+    pipe = StableDiffusion3Pipeline(**{**stock_pipe.components, "transformer": stock})
     pipe.set_progress_bar_config(disable=True)
     theirs = stock_latents(pipe, CAPTIONS[:3], noise, num_inference_steps=steps, guidance_scale=1.0,
-                           **call)
+                           sigmas=told)
     assert torch.allclose(ours, theirs, atol=1e-4)
-    assert call.get("sigmas", [1.0, 0.5]) == sampler.stock_sigmas(steps)
+    assert told == sampler.stock_sigmas(steps)
 
 
 def test_our_guided_sampler_is_the_stock_one(stock_pipe, teacher, prompts):

@@ -38,7 +38,7 @@ import time
 
 # First of all: run.py keeps out the notices of diffusers and transformers, imported after it.
 from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, micro_batches,
-                 my_rows, option, parse_settings, publish, rng)
+                 my_rows, option, parse_settings, rng)
 
 import torch
 
@@ -46,7 +46,7 @@ from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_l
                     importance_curve, renoise, renoise_window, step_end, x0_from_velocity)
 from model import (Decoder, Prompts, cost, download, load_transformer, place, prepare,
                    save_transformer, velocity)
-from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid, stock_sigmas
+from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid
 
 # ================================================================== settings
 
@@ -343,7 +343,6 @@ def main(argv):
 
     # ------------------------------------------------------------- the result
     save_transformer(student, run.folder / "student", half=not preset.is_tiny)
-    publish(run.folder, preset, stock_sigmas(settings.steps), evaluations=settings.steps)
     run.finish()
     print(f"{run.folder}/student: {settings.steps} steps, {time.perf_counter() - begun:.0f} s; "
           f"look at {run.folder}/samples/step_{settings.iterations:06d}.png")

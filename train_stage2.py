@@ -33,7 +33,7 @@ import time
 from pathlib import Path
 
 from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, gather, is_main,
-                 micro_batches, my_rows, option, parse_settings, publish, read_settings, rng)
+                 micro_batches, my_rows, option, parse_settings, read_settings, rng)
 
 import torch
 from safetensors.torch import load_file
@@ -43,8 +43,7 @@ from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss
 from model import (Decoder, Discriminator, Prompts, add_lora, cost, download, load_student,
                    load_transformer, parse_span, place, prepare, save_transformer, velocity)
-from sampler import (Gallery, image_noise, roll_out, sample_guided, sigma_grid, stock_sigmas,
-                     teacher_sigmas)
+from sampler import Gallery, image_noise, roll_out, sample_guided, sigma_grid, teacher_sigmas
 
 # ================================================================== settings
 
@@ -412,7 +411,6 @@ def main(argv):
         run.save("compensation", f.state_dict())
     save_transformer(student, run.folder / "student", not preset.is_tiny, settings.lora_rank)
     evaluations = nfe(steps, span, len(student.transformer_blocks))
-    publish(run.folder, preset, stock_sigmas(steps), evaluations, span, f)
     run.finish()
     print(f"{run.folder}: {evaluations:.3f} network evaluations, "
           f"{time.perf_counter() - begun:.0f} s; "
