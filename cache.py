@@ -18,9 +18,6 @@ Dimension key: B batch, C latent channels, H W latent size, T image tokens, L te
 of a token, J and P widths of the two text embeddings, one for each token and one for the prompt.
 """
 
-import threading
-import warnings
-
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -178,12 +175,6 @@ def apply_compensation(f, delta):
 # ================================================================== in a stock pipeline
 # From here on: the cache for users of diffusers. Skip it when you read beside the paper.
 
-class SamplePath(threading.local):
-    """What a BlockCache keeps between the calls of a sample path; each thread has its own."""
-    delta = prompt = shape = timestep = None
-    steps_left = 0                                        # of the path
-
-
 class BlockCache:
     """The cached path inside a stock StableDiffusion3Pipeline:
 
@@ -196,70 +187,39 @@ class BlockCache:
     between the calls. The first call of a sample path records it, the steps − 1 calls after it
     reuse it. A call belongs to the path if it brings the same prompt tensor, the same shape and a
     smaller timestep than the one before; any other call begins a path of its own and runs in full.
-    A path that was cut short must be ended by forget(): a later call with the same prompt tensor
-    and a smaller timestep would take its Δ0. Threads do not see each other's paths.
-
-    ValueError for what it cannot do: a span that does not fit, a transformer that is not a stock
-    one, has a cache already or is offloaded (make the cache first), or an argument of the call that
-    changes what happens inside the span.
+    One thread at a time. Make the cache before the pipeline is offloaded, if it is. ValueError for
+    a span that does not fit.
     """
 
     def __init__(self, transformer, span, f=None, steps=2):
-        if not isinstance(transformer, SD3Transformer2DModel):
-            raise ValueError("a block cache needs an SD3Transformer2DModel as it is, not "
-                             f"{type(transformer).__name__} (compile its blocks, not the whole)")
-        # Is forward still the method of its class? Another cache, or offloading, has put its own
-        # into the object.
-        if getattr(transformer.forward, "__func__", None) is not type(transformer).forward:
-            raise ValueError("this transformer's forward was replaced: remove() the other cache "
-                             "first; make the cache before the pipeline is offloaded")
         self.span = check_span(span, len(transformer.transformer_blocks))
         self.transformer, self.f, self.steps = transformer, f, steps
-        self.path = SamplePath()
+        self.steps_left = 0                               # of the path
+        self.delta = self.prompt = self.shape = self.timestep = None
         # Of this one object, not of its class: a module's call looks for self.forward.
         transformer.forward = self
 
     def remove(self):
-        """Takes the cache off: the transformer is the stock one again. Nothing happens when it is
-        off already."""
-        if hasattr(self.transformer, "_old_forward"):     # accelerate's: it offloads
-            raise ValueError("remove the pipeline's offloading before the cache: "
-                             "pipe.remove_all_hooks()")
-        if self.transformer.__dict__.get("forward") is self:
-            del self.transformer.forward
-        self.forget()
+        """Takes the cache off: the transformer is the stock one again."""
+        del self.transformer.forward
 
-    def forget(self):
-        """Drops this thread's Δ0: its next call begins a new sample path."""
-        vars(self.path).clear()                           # back to SamplePath's own values
-
-    def __call__(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
-                 block_controlnet_hidden_states=None, joint_attention_kwargs=None,
-                 return_dict=True, skip_layers=None):
+    def __call__(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, *,
+                 return_dict=True, **others):
         # Guidance by skipped layers and ControlNet change what happens inside the span; with Δ0
         # from another call they would be lost, or counted twice, without a word.
-        for name, value in (("block_controlnet_hidden_states", block_controlnet_hidden_states),
-                            ("joint_attention_kwargs", joint_attention_kwargs),
-                            ("skip_layers", skip_layers)):
-            if value is not None and value != {}:
+        for name, value in others.items():
+            if value:                                     # pipelines pass None or {}
                 raise ValueError(f"{name} does not go together with a block cache; remove() the "
                                  "cache or leave it out")
-        path, now = self.path, float(timestep.max())
-        continues = (path.steps_left > 0 and encoder_hidden_states is path.prompt
-                     and hidden_states.shape == path.shape and now < path.timestep)
+        now = float(timestep.max())
+        continues = (self.steps_left > 0 and encoder_hidden_states is self.prompt
+                     and hidden_states.shape == self.shape and now < self.timestep)
         if not continues:
-            self.forget()
-            path.steps_left = self.steps
-            # With guidance a pipeline asks for each latent twice, with and without the prompt.
-            half = len(hidden_states) // 2
-            if half and torch.equal(hidden_states[:half], hidden_states[half:]):
-                warnings.warn("every latent comes twice, as guidance_scale above 1 does it; a "
-                              "distilled student has learnt its guidance: pass guidance_scale=1.0",
-                              stacklevel=2)
-        path.steps_left -= 1
+            self.delta, self.steps_left = None, self.steps
+        self.steps_left -= 1
         # CachedSD3's forward needs nothing but the stock sub-modules, so it runs on a stock object.
-        velocity, path.delta = CachedSD3.forward(
+        velocity, self.delta = CachedSD3.forward(
             self.transformer, hidden_states, encoder_hidden_states, pooled_projections, timestep,
-            self.span, path.delta, self.f)
-        path.prompt, path.shape, path.timestep = encoder_hidden_states, hidden_states.shape, now
+            self.span, self.delta, self.f)
+        self.prompt, self.shape, self.timestep = encoder_hidden_states, hidden_states.shape, now
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
