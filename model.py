@@ -319,9 +319,6 @@ PRESETS = {
 # ================================================================== which base model
 # From here on: finding, loading, placing, saving. Skip it when you read beside the paper.
 
-PARTS = "transformer", "vae", "text_encoder", "text_encoder_2"    # whose weights a pipeline needs
-
-
 def find_preset(model):
     """The preset of that name, or one with SD3-Medium's values for any pipeline folder or hub id.
     UserError for what is neither. Reads no weights."""
@@ -329,12 +326,8 @@ def find_preset(model):
         return PRESETS[model]
     folder = Path(model).resolve()
     if folder.is_file():
-        raise UserError(
-            f"{model} is a file, and a base model is a pipeline folder. Of a .safetensors file and "
-            "BASE, the model that it was tuned from, this makes one: python -c \"from diffusers "
-            "import SD3Transformer2DModel as T, StableDiffusion3Pipeline as P; "
-            f"t = T.from_single_file('{model}', config='BASE', subfolder='transformer'); "
-            "P.from_pretrained('BASE', transformer=t).save_pretrained('FOLDER')\"")
+        raise UserError(f"{model} is a file, and a base model is a pipeline folder; four lines of "
+                        "docs/REAL_MODELS.md make one of it")
     if not folder.exists():
         # A hub id has exactly one slash; the rest are misspelt names and folders that have gone.
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
@@ -344,13 +337,6 @@ def find_preset(model):
     for name in ("transformer/config.json", "model_index.json"):
         if not (folder / name).exists():
             raise UserError(f"{folder} is no pipeline folder: it has no {name}")
-    for part in PARTS:
-        files = [file.name for file in (folder / part).glob("*.safetensors")]
-        if not files:
-            raise UserError(f"{folder} is no pipeline folder: no .safetensors file in {part}/")
-        if "-of-" in files[0] and not list((folder / part).glob("*.safetensors.index*.json")):
-            raise UserError(f"{folder}/{part} holds weights in pieces and no .index.json, which "
-                            "says what is where; copy it too")
     # Stored with its whole path: found from any working directory. Whether it has T5 is seen by its
     # files, since its model_index.json may say otherwise.
     has_t5 = (folder / "text_encoder_3" / "config.json").exists()
@@ -373,15 +359,11 @@ def check_base(preset, offline=False):
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise UserError(f"{preset.source} holds a {config.get('_class_name')}, "
                         "not an SD3Transformer2DModel")
-    # The student's grid (sampler.sigma_grid) is SD3's: shift 3, for every picture size, and none of
-    # the scheduler's other ways to space its sigmas.
-    others = [name for name in ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas",
-                                "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
-                                "stochastic_sampling") if getattr(schedule, name, None)]
-    if schedule.shift != 3.0 or others:
-        raise UserError(f"{preset.source}: its scheduler has shift = {schedule.shift} "
-                        f"{', '.join(others)}; the student's sigmas are made for a shift of 3, as "
-                        "in Stable Diffusion 3")
+    # The student's grid (sampler.sigma_grid) is SD3's: shift 3 for every picture size.
+    if schedule.shift != 3.0 or schedule.use_dynamic_shifting:
+        raise UserError(f"{preset.source}: its scheduler has shift = {schedule.shift}, dynamic: "
+                        f"{schedule.use_dynamic_shifting}; the student's sigmas are made for a "
+                        "fixed shift of 3, as in Stable Diffusion 3")
     # Each level of the VAE but the last halves the picture's side.
     return config, 2 ** (len(vae["block_out_channels"]) - 1)
 
@@ -478,8 +460,6 @@ def default_prompts(preset):
 def read_prompts(path):
     """The prompts of a file: one a line, or JSON lines with "prompt"; UserError with the line that
     is neither."""
-    if Path(path).is_char_device():                       # /dev/zero never ends
-        raise UserError(f"--prompts {path}: not a file of UTF-8 text")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -504,10 +484,6 @@ def choose_prompts(preset, path=None, text=None, pool=None, seed=0):
     them, drawn by seed, when there are more. Warns of words that the miniature does not know."""
     texts = default_prompts(preset)
     if text:
-        try:
-            text.encode()
-        except UnicodeEncodeError:                        # a shell's byte of another encoding
-            raise UserError("--prompt is not UTF-8 text") from None
         texts = [text]
     elif path:
         texts = read_prompts(path)
@@ -605,33 +581,17 @@ def load_part(cls, source, part, dtype, harmless=None, **others):
     unless its files hold just its tensors: the libraries would fill in what is missing at random
     and drop what they do not know. Names that match the pattern `harmless` may differ."""
     what = part or cls.__name__
-    # Some repositories hold half-precision files alone; diffusers wants to be told.
-    folder = Path(source) / (part or "")
-    files = list(folder.glob("*.safetensors"))
-    half_only = files and all(".fp16" in file.name for file in files)
-    for file in files:
-        with loading(what, source), safe_open(file, "pt") as opened:
-            kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}
-        if any(kind.startswith("F8") for kind in kinds):
-            print(f"warning: {file} holds 8-bit floats, a coarse copy of the weights",
-                  file=sys.stderr)
     if part:
         others["subfolder"] = part
     with loading(what, source):
-        net, found = cls.from_pretrained(
-            source, torch_dtype=dtype, variant="fp16" if half_only else None,
-            use_safetensors=True, output_loading_info=True, **others)   # a pickle could run code
+        net, found = cls.from_pretrained(                 # use_safetensors: a pickle could run code
+            source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True, **others)
     for verb, names in (("lacks the tensor", found["missing_keys"]),
                         ("holds a foreign tensor,", found["unexpected_keys"])):
         odd = sorted(name for name in names if not (harmless and re.match(harmless, name)))
         if odd:
             raise UserError(f"{what} of {source} {verb} {odd[0]}; copy its files again, or save it "
                             "with save_pretrained, adapters merged")
-    # One NaN in a base model would make every gradient NaN, and nobody would look for it there.
-    for name, parameter in net.named_parameters():
-        if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
-            raise UserError(f"{what} of {source} holds NaN or infinity in {name}; copy its files "
-                            "again")
     # Without accelerate diffusers leaves some weights of a half-precision folder as they are.
     return net.to(dtype).eval()
 

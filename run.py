@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import gc
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -149,10 +148,6 @@ def command(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         argv = sys.argv[1:] if argv is None else argv
-        # A console of another encoding shows "?" for what it cannot print: no print ends a run.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError):     # a notebook's
-                stream.reconfigure(errors="replace")
         shown = sys.stdout if is_main() else io.StringIO()
         signals = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         try:
@@ -282,8 +277,8 @@ def clip_and_step(optimizers, max_norm=math.inf):
     norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
     norm = torch.stack(norms).norm() if len(norms) == 2 else norms[0]
     if not math.isfinite(norm):
-        raise UserError("a gradient is not finite; lower the learning rates. The run's newest "
-                        "checkpoint, if there is one, is sound")
+        raise UserError("a gradient is not finite; lower the learning rates, or look for NaN in "
+                        "the base model. The run's newest checkpoint, if there is one, is sound")
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1).item()      # as torch's clip_grad_norm_
     for grad in grads:
         grad.mul_(shrink)
@@ -519,7 +514,6 @@ class Run:
         iteration = newest_iteration(self.folder)
         if is_main():
             self._cut_metrics(iteration)
-            self._look_for_room(networks, optimizers)
         if not iteration:
             return 0
         folder = self.folder / f"checkpoint-{iteration:06d}"
@@ -534,19 +528,6 @@ class Run:
                             "it to go on from the one before") from error
         print(f"resuming {self.folder} after iteration {iteration}")
         return iteration
-
-    def _look_for_room(self, networks, optimizers):
-        """Warns if the disk is too small for the checkpoints that are to come."""
-        size = 0
-        for name, net in networks.items():
-            slots = 3 if name in optimizers else 1        # weights, and AdamW's two moments
-            size += slots * sum(p.numel() * p.element_size() for p in net.parameters())
-        # KEEP of them and, while one is written, one more; some may be there already.
-        needed = size * (KEEP + 1 - len(checkpoints(self.folder)))
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            print(f"warning: checkpoints of this run need {needed / 1e9:.1f} GB, and "
-                  f"{self.folder} has {free / 1e9:.1f} GB left", file=sys.stderr)
 
     def _clear(self):
         """Deletes the run that --overwrite replaces. Its settings stay until the new ones are
@@ -642,8 +623,6 @@ class Run:
             self._write_settings()
             for old in checkpoints(self.folder)[:-1]:     # more iterations go on from the newest
                 shutil.rmtree(old)
-            if not importlib.util.find_spec("matplotlib"):
-                print("no curves.png: pip install matplotlib draws one from metrics.jsonl")
 
 
 def newest_student(folder):

@@ -12,14 +12,12 @@ gradients are compared with those that the script really produces ("is its formu
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -1192,19 +1190,6 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(stage, finished, finis
         assert None in metrics(out)[0].values(), "a bin of noise levels that holds no sample"
 
 
-def test_a_run_says_what_is_missing(no_pictures, tmp_path, monkeypatch, capsys):
-    """Room for its checkpoints, before the first iteration; matplotlib. Catches hours that end at a
-    full disk, and a picture that never comes."""
-    find_spec, usage = run.importlib.util.find_spec, run.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda folder: usage._replace(free=5e7))
-    monkeypatch.setattr(run.importlib.util, "find_spec",
-                        lambda name: None if name == "matplotlib" else find_spec(name))
-    train_stage1.main([*SMALL, "--iterations", "1", "--out", str(tmp_path / "run")])
-    text = capsys.readouterr()
-    assert "checkpoints of this run need 0.5 GB" in text.err and "has 0.1 GB left" in text.err
-    assert "pip install matplotlib" in text.out
-
-
 def test_the_curves_are_drawn(tmp_path):
     """Also when nothing is logged yet, or null. Catches a traceback in place of "stopped"."""
     pytest.importorskip("matplotlib")
@@ -1222,14 +1207,6 @@ def test_too_little_memory_is_one_line(capsys):
         run.command(main)([])
     line, = capsys.readouterr().err.splitlines()
     assert stop.value.code == 1 and "a larger --accumulation" in line and "9 GiB" in line
-
-
-def test_no_print_ends_a_run(monkeypatch):
-    """A console of another encoding gets "?". Catches a traceback for the sake of a prompt."""
-    shown = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "cp1252", write_through=True))
-    run.command(print)(["\u4e2d\u6587"])
-    assert shown.getvalue().strip() == b"['??']"
 
 
 def test_a_link_and_a_relative_path_are_the_folder_they_lead_to(finished, no_pictures, tmp_path,
@@ -1382,7 +1359,7 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     (train_stage1, ["--alfa", "1"], "unrecognized arguments: --alfa"),
     (train_stage1, ["--model", "sd3-big"], "there is no model sd3-big"),
     (train_stage1, ["--model", "/tmp"], "is no pipeline folder"),
-    (train_stage1, ["--model", "README.md"], "T.from_single_file('README.md', config='BASE'"),
+    (train_stage1, ["--model", "README.md"], "README.md is a file"),
     (train_stage1, ["--accumulation", "5"], "is not a multiple of --accumulation 5"),
     (train_stage1, ["--prompts", "nowhere.txt"], "--prompts nowhere.txt: not a file"),
     (train_stage1, ["--out", "README.md"], "is a file"),
@@ -1396,8 +1373,6 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
      "has another seed: 3407, not 5"),
     (train_stage2, ["--init", "FINISHED", "--references-from", "tiny/student"],
      "holds no references"),
-    (train_stage1, ["--prompts", "/dev/zero"], "--prompts /dev/zero: not a file"),
-    (sampler, ["--prompt", "a \udcff", "--out", "x.png"], "--prompt is not UTF-8 text"),
     (sampler, ["--out", "picture.jpg"], "ends in .png"),
     (sampler, ["--checkpoint", "tiny", "--out", "x.png"], "settings.json is missing"),
     (evaluate, ["--model", "sd3-medium", "--checkpoint", "FINISHED"], "real models need"),

@@ -216,10 +216,10 @@ def compile_for_a_test(monkeypatch):
 
 # ================================================================== base models
 
-@pytest.mark.parametrize("form", ["fp16", "shards", "fp16 shards", "no T5", "sd3.5-medium"])
+@pytest.mark.parametrize("form", ["shards", "no T5", "sd3.5-medium"])
 def test_folders_as_they_are_in_public_load(form, real, tmp_path, monkeypatch):
-    """Half-precision files alone, weights in pieces, no T5, dual attention. Catches a loader that
-    looks for one file of one name, and 256 tokens of nobody."""
+    """Weights in pieces, no T5, dual attention. Catches a loader that looks for one file of one
+    name, and 256 tokens of nobody."""
     folder, out = tmp_path / "base", tmp_path / "run"
     if form == "no T5":                                   # model_index.json still names it
         shutil.copytree(real.base, folder, ignore=shutil.ignore_patterns("*_3"))
@@ -227,12 +227,11 @@ def test_folders_as_they_are_in_public_load(form, real, tmp_path, monkeypatch):
         make_base(folder, form)
     else:
         pipe = model.load_pipeline(real.preset, torch.float16)
-        pipe.save_pretrained(folder, variant="fp16" if "fp16" in form else None,
-                             max_shard_size="30KB" if "shards" in form else "1GB")
+        pipe.save_pretrained(folder, max_shard_size="30KB")
     monkeypatch.chdir(tmp_path)
     train(train_stage1, out, "--model", "base", "--iterations", 1)
     assert run.read_settings(out)["model"] == str(folder), "found from anywhere"
-    if form.startswith(("fp16", "shards")):
+    if form == "shards":
         assert metrics(out) == metrics(real.stage1)[:1]
     tokens = load_file(out / "prompts.safetensors")["embeds"].shape[1]
     assert tokens == (77 if form == "no T5" else 333)
@@ -241,8 +240,7 @@ def test_folders_as_they_are_in_public_load(form, real, tmp_path, monkeypatch):
 
 HARMS = {"lacks the tensor": lambda tensors: tensors.pop(min(tensors)),
          "foreign tensor": lambda tensors: tensors.update({"to_q.lora_A": torch.zeros(2)}),
-         "cannot load": lambda tensors: tensors.update({min(tensors): torch.zeros(3, 5)}),
-         "holds NaN": lambda tensors: tensors[min(tensors)].fill_(torch.nan)}
+         "cannot load": lambda tensors: tensors.update({min(tensors): torch.zeros(3, 5)})}
 
 
 @pytest.mark.parametrize("harm", [*HARMS, "pickle"])
@@ -269,7 +267,7 @@ def test_weights_that_do_not_fit_are_refused(part, harm, real, tmp_path, capsys)
     else:
         line = refused(train_stage1.main, line_of(train_stage1, out, "--model", folder), capsys)
     assert (harm in line or harm == "pickle") and str(folder) in line
-    assert harm != "pickle" or "cannot load" in line or "no .safetensors file" in line
+    assert harm != "pickle" or "cannot load" in line
     # Prompts may be encoded already: the same command takes them once that part is mended.
     assert {path.name for path in out.rglob("*.safetensors")} <= {"prompts.safetensors"}
 
@@ -279,38 +277,18 @@ def changed(part, **values):
     return lambda base: run.write_json(base / part, run.read_json(base / part) | values)
 
 
-def renamed(part, name):
-    """A harm: a file has another name."""
-    return lambda base: (base / part).rename((base / part).with_name(name))
-
-
 @pytest.mark.parametrize("harm, words", [
     (changed("scheduler/scheduler_config.json", shift=1.0), "shift = 1.0"),
-    (changed("scheduler/scheduler_config.json", use_dynamic_shifting=True), "use_dynamic_shifting"),
+    (changed("scheduler/scheduler_config.json", use_dynamic_shifting=True), "dynamic: True"),
     (changed("transformer/config.json", _class_name="FluxTransformer2DModel"), "holds a Flux"),
-    (renamed("model_index.json", "index"), "it has no model_index.json"),
-    (renamed("transformer/diffusion_pytorch_model.safetensors", "model.gguf"),
-     "no .safetensors file in"),
-    (renamed("vae/diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors"),
-     "holds weights in pieces and no .index.json")])
+    (lambda base: (base / "model_index.json").unlink(), "it has no model_index.json")])
 def test_a_base_that_does_not_fit_is_refused_before_anything_is_written(harm, words, real, tmp_path,
                                                                         capsys):
-    """Catches a student trained on other sigmas than its scheduler gives, GGUF files, and half a
-    download that fails after the prompts were encoded."""
+    """Catches a student trained on other sigmas than its scheduler gives."""
     out = tmp_path / "out"
     harm(shutil.copytree(real.base, tmp_path / "base"))
     argv = line_of(train_stage1, out, "--model", tmp_path / "base")
     assert words in refused(train_stage1.main, argv, capsys) and not out.exists()
-
-
-def test_eight_bit_weights_are_told(real, tmp_path, capsys):
-    """Catches a teacher that is off by a twentieth, loaded without a word."""
-    folder = shutil.copytree(real.base, tmp_path / "base")
-    file, = (folder / "transformer").glob("*.safetensors")
-    coarse = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
-    save_file(coarse, file, {"format": "pt"})
-    model.load_transformer(model.find_preset(str(folder)))
-    assert "holds 8-bit floats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings, words", [
