@@ -4,9 +4,8 @@
     python -m tools.benchmark --model models/random-sd3-medium     # of tools/random_model.py
 
 First the evaluations of the model's span, counted; then the transformer alone, as forwards of 28×2,
-two and 1.67 steps against one full forward; then pictures of the stock pipeline, their parts alone
-and together, compiled and not. The paths of a part are timed alternately, and medians count. All is
-in bf16 on a GPU, else in fp32.
+two and 1.67 steps against one full forward; then whole pictures of the stock pipeline. The paths
+are timed alternately, and medians count. All is in bf16 on a GPU, else in fp32.
 The ideal is the count by blocks, without f: the ratio to it is what f costs.
 
 Dimension key: C latent channels, H W latent size; one picture at a time.
@@ -19,12 +18,11 @@ import time
 from run import command, option, parse_settings, versions
 
 import torch
-from diffusers import AutoencoderTiny
 
 from cache import BlockCache, make_compensation
 from evaluate import count_nfe
-from model import (can_compile, check_base, default_prompts, download, find_preset, load_part,
-                   load_pipeline, load_transformer, parse_span, pick_device, place, velocity)
+from model import (check_base, default_prompts, download, find_preset, load_pipeline,
+                   load_transformer, parse_span, pick_device, place, velocity)
 from sampler import TEACHER_STEPS, roll_out, sigma_grid, stock_sigmas
 
 
@@ -33,9 +31,7 @@ class Settings:
     model: str = option("tiny", "base model: a preset, a pipeline folder or a hub id")
     cached_blocks: str = option(None, "span of skipped blocks, first-last (default: the model's)")
     rounds: int = option(20, "alternated rounds, of which the median counts", low=1, high=10_000)
-    compile: bool = option(False, "compile on a CPU, too (needs a C++ compiler)")
-    tiny_vae: str = option(None, "folder or hub id of an AutoencoderTiny, such as "
-                           "madebyollin/taesd3: a row with it in the VAE's place")
+    compile: bool = option(False, "compile the blocks of the transformer alone")
     device: str = option(None, "where to run", choices=("cpu", "cuda", "mps"))
 
 
@@ -74,53 +70,22 @@ def time_transformer(net, x, prompt, span, f, rounds):
 # ================================================================== whole images
 
 @torch.inference_mode()
-def time_pipeline(pipe, preset, span, f, rounds, compiled, tiny_vae):
-    """Median seconds of the parts of a picture in the stock pipeline, and of whole pictures; those
-    with compiled code only if it is `compiled`."""
-    text = default_prompts(preset)[0]
-    tokens = {"max_sequence_length": preset.text_length}
-    student = dict(tokens, sigmas=stock_sigmas(2), num_inference_steps=2, guidance_scale=1.0)
-    device, vae = pipe.transformer.device, pipe.vae
-
-    def encode():
-        embeds, _, pooled, _ = pipe.encode_prompt(text, None, None, device=device, **tokens,
-                                                  do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    kept = encode()
-
-    def cached(vae=vae, **arguments):
-        pipe.vae = vae
-        cache = BlockCache(pipe.transformer, span, f)
-        result = pipe(**student, **arguments).images
-        cache.remove()
-        return result
-    latents = cached(**kept, output_type="latent")
-
-    def eager(path):                                      # without the compiled code of its modules
-        return torch.compiler.set_stance("force_eager")(path)
-
-    def decode(vae=vae):
-        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor)
+def time_pipeline(pipe, preset, span, f, rounds):
+    """Median seconds of a picture in the stock pipeline, text encoders and VAE included."""
+    call = {"prompt": default_prompts(preset)[0], "max_sequence_length": preset.text_length}
+    student = {**call, "sigmas": stock_sigmas(2), "num_inference_steps": 2, "guidance_scale": 1.0}
 
     def teacher():
-        pipe.vae = vae
         # Any scale above 1 costs the same: two evaluations a step.
-        pipe(text, **tokens, num_inference_steps=TEACHER_STEPS, guidance_scale=7.0)
+        pipe(**call, num_inference_steps=TEACHER_STEPS, guidance_scale=7.0)
 
-    paths = {"encode the prompt": encode,
-             "latents, 1.67 steps": eager(lambda: cached(**kept, output_type="latent")),
-             "... compiled": lambda: cached(**kept, output_type="latent"),
-             "decode": eager(decode),
-             "decode, compiled": decode,
-             "picture, 28×2": eager(teacher),
-             "picture, two steps": eager(lambda: pipe(text, **student)),
-             "picture, 1.67 steps": eager(lambda: cached(prompt=text)),
-             "... compiled, prompt kept": lambda: cached(**kept)}
-    if tiny_vae is not None:
-        paths["decode, tiny VAE"] = lambda: decode(tiny_vae)
-        paths["... compiled, prompt kept, tiny VAE"] = lambda: cached(tiny_vae, **kept)
-    paths = {name: path for name, path in paths.items() if compiled or "compiled" not in name}
-    return alternate(paths, min(rounds, 5), device)
+    def cached():
+        cache = BlockCache(pipe.transformer, span, f)
+        pipe(**student)
+        cache.remove()
+
+    paths = {"28×2": teacher, "two steps": lambda: pipe(**student), "1.67 steps": cached}
+    return alternate(paths, min(rounds, 5), pipe.transformer.device)
 
 
 # ================================================================== command
@@ -163,17 +128,10 @@ def main(argv):
     del net                                               # a stock pipeline takes a stock network
     pipe = load_pipeline(preset, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
-    tiny_vae = None
-    if settings.tiny_vae:
-        tiny_vae = load_part(AutoencoderTiny, settings.tiny_vae, None, dtype).to(device)
-    compiled = settings.compile or can_compile(preset, device)
-    place(pipe.transformer, device, compiled)
-    if compiled:
-        pipe.vae.decoder.compile()
-    t = time_pipeline(pipe, preset, span, f, settings.rounds, compiled, tiny_vae)
-    print("stock pipeline                         seconds   28×2 over it")
+    t = time_pipeline(pipe, preset, span, f, settings.rounds)
+    print("stock pipeline              seconds   28×2 over it")
     for name, seconds in t.items():
-        print(f"{name:36}{seconds:10.4f}{t['picture, 28×2'] / seconds:14.1f}×")
+        print(f"{name:27}{seconds:9.4f}{t['28×2'] / seconds:14.1f}×")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import cache
 import model
 import sampler
 from tiny.world import CAPTIONS
-from tools import benchmark, claims, exercise, find_alpha, find_span
+from tools import benchmark, claims, exercise, find_span
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -89,15 +89,6 @@ def test_the_span_that_is_proposed_has_the_smallest_error(finished, capsys):
     assert len(spans) == 9 and all(int(m) - int(n) == 2 for n, m, _, _ in spans)
     best = min(spans, key=lambda span: float(span[2]))
     assert "proposed" in best[3] and text.count("<- proposed") == 1
-
-
-def test_the_alpha_that_is_proposed_makes_up_half_of_the_loss():
-    """Catches another level than the lowest one, and a proposal where nothing collapses."""
-    falling = [{"sigma": s, "share": share} for s, share in ((0.9, 0.6), (0.8, 0.7), (0.7, 0.9))]
-    alpha, _ = find_alpha.propose(falling)
-    assert alpha == pytest.approx(0.75)
-    kept = [{"sigma": 0.9, "share": 1.0}, {"sigma": 0.5, "share": 1.1}]
-    assert find_alpha.propose(kept)[0] is None
 
 
 def test_the_benchmark_compares_in_one_run(capsys):
