@@ -790,9 +790,6 @@ def load_student(folder, settings, preset, device, spread=False):
     span = f = None
     if spread and not is_main():
         return empty_transformer(config), None, None
-    if any(side % config["patch_size"] for side in settings["latent_shape"][1:]):
-        raise UserError(f"{folder}/settings.json has latents of {settings['latent_shape']}, which "
-                        f"patches of {config['patch_size']} do not divide")
     with loading("the student", folder):
         if finished:
             student = load_part(CachedSD3, weights, None, torch.float32)

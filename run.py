@@ -425,13 +425,10 @@ def read_settings(folder):
     needed = {"stage", "model", "steps", "alpha", "guidance", "latent_shape", "finished"}
     if settings.get("stage") == 2:
         needed |= {"init", "cached_blocks", "no_compensation"}
-    odd = needed - settings.keys()
-    shape = settings.get("latent_shape")
-    if not isinstance(shape, list) or [type(n) for n in shape] != [int] * 3 or min(shape) < 1:
-        odd.add("latent_shape")
-    if odd:
-        raise UserError(f"{folder}/settings.json lacks {min(odd)}: it is no run of this code, or "
-                        "one of an older version")
+    missing = needed - settings.keys()
+    if missing:
+        raise UserError(f"{folder}/settings.json lacks {min(missing)}: it is no run of this code, "
+                        "or one of an older version")
     if not (Path(folder) / "student").is_dir() and not checkpoints(folder):
         raise UserError(f"{folder} holds neither student/ nor a checkpoint yet")
     return settings
@@ -471,9 +468,7 @@ class Run:
         files = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
         if files and not before.keys() >= {"finished", "versions"}:
             raise UserError(f"{folder} exists and is not a run folder; give --out another name")
-        # A run without checkpoint, references or result may begin with other settings.
-        begun = checkpoints(folder) or (self.folder / "references.safetensors").exists()
-        if saved.exists() and (begun or (self.folder / "student").exists()) and not overwrite:
+        if saved.exists() and not overwrite:
             differing = [f"{key} was {before.get(key)}, is {value}"
                          for key, value in settings.items()
                          if key not in MAY_CHANGE and before.get(key) != value]
@@ -496,7 +491,7 @@ class Run:
             self._write_settings()
             (self.folder / "samples").mkdir(exist_ok=True)
 
-    def finished(self):
+    def is_finished(self):
         """Whether the result is there already; says so."""
         if self.done:
             print(f"{self.folder} is finished; more --iterations continue it, --overwrite starts "

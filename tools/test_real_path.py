@@ -291,18 +291,14 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_is_written(harm, wo
     assert words in refused(train_stage1.main, argv, capsys) and not out.exists()
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"latent_shape": [16, 7, 8]}, "patches of 2 do not divide"),
-    ({"latent_shape": "16"}, "lacks latent_shape"),
-    ({"cached_blocks": ...}, "lacks cached_blocks")])
-def test_a_strangers_run_that_does_not_fit_is_refused(settings, words, real, tmp_path, capsys):
-    """Catches a KeyError, and a shape that fails in the middle of a forward."""
+def test_a_run_of_another_version_is_refused(real, tmp_path, capsys):
+    """Catches a KeyError."""
     run_folder = shutil.copytree(real.stage2, tmp_path / "run")
-    values = run.read_settings(run_folder) | settings
-    run.write_json(run_folder / "settings.json",
-                   {name: value for name, value in values.items() if value is not ...})
+    settings = run.read_settings(run_folder)
+    del settings["cached_blocks"]
+    run.write_json(run_folder / "settings.json", settings)
     argv = ["--checkpoint", str(run_folder), "--out", str(tmp_path / "x.png")]
-    assert words in refused(sampler.main, argv, capsys)
+    assert "lacks cached_blocks" in refused(sampler.main, argv, capsys)
 
 
 def test_missing_metric_networks_are_named_by_their_options(real, tmp_path, monkeypatch, capsys):
