@@ -482,14 +482,20 @@ class Run:
                 raise UserError(f"{folder} is at iteration {newest} already; give more "
                                 "--iterations")
         self.done = 0 < settings["iterations"] <= self.result
-        self.replace = overwrite and saved.exists()
         barrier()                                         # all have looked before one writes
-        if is_main() and self.replace:
-            (self.folder / "prompts.safetensors").unlink(missing_ok=True)
-        elif is_main() and not self.done:
+        if is_main() and overwrite and saved.exists():
+            # One rename, so that no rest of the old run can pass for the new one's.
+            folder = self.folder.resolve()                # what a link leads to
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)        # what a kill has left
+            folder.rename(old)
+            folder.mkdir()
+            shutil.rmtree(old)
+        if is_main() and not self.done:
             # First of all, so that a kill leaves nothing that looks like somebody else's folder.
             self._write_settings()
             (self.folder / "samples").mkdir(exist_ok=True)
+        barrier()                                         # the others look after that
 
     def is_finished(self):
         """Whether the result is there already; says so."""
@@ -503,39 +509,19 @@ class Run:
         iteration, or 0. A sharded network takes its part of each tensor: any number of processes
         may have saved it. Metrics logged after that checkpoint are dropped, so that metrics.jsonl
         tells one uninterrupted story (but for `seconds`, which count from the last start)."""
-        if is_main() and self.replace:                    # only now that all else has been loaded
-            self._clear()
-        barrier()                                         # the others look after that
         iteration = newest_iteration(self.folder)
         if is_main():
             self._cut_metrics(iteration)
         if not iteration:
             return 0
         folder = self.folder / f"checkpoint-{iteration:06d}"
-        try:
-            for name, net in networks.items():
-                load_full(net, load_file(folder / f"{name}.safetensors") if is_main() else {})
-            for name, optimizer in optimizers.items():
-                file = folder / f"{name}_optimizer.safetensors"
-                load_optimizer(networks[name], optimizer, load_file(file))
-        except (OSError, RuntimeError, KeyError, SafetensorError) as error:
-            raise UserError(f"{folder} does not load ({str(error).splitlines()[0][:160]}); delete "
-                            "it to go on from the one before") from error
+        for name, net in networks.items():
+            load_full(net, load_file(folder / f"{name}.safetensors") if is_main() else {})
+        for name, optimizer in optimizers.items():
+            load_optimizer(networks[name], optimizer,
+                           load_file(folder / f"{name}_optimizer.safetensors"))
         print(f"resuming {self.folder} after iteration {iteration}")
         return iteration
-
-    def _clear(self):
-        """Deletes the run that --overwrite replaces. Its settings stay until the new ones are
-        written, so that a kill in between leaves a run, though one without a result."""
-        saved = self.folder / "settings.json"
-        write_json(saved, read_json(saved) | {"finished": 0})
-        for path in self.folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name not in ("settings.json", "prompts.safetensors"):
-                path.unlink()
-        (self.folder / "samples").mkdir()
-        self._write_settings()
 
     def _write_settings(self):
         write_json(self.folder / "settings.json",
