@@ -45,7 +45,6 @@ from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transf
                        StableDiffusion3Pipeline)
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -517,26 +516,11 @@ def loading(what, source):
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"cannot load {what} of {source} ({line}); {advice(error, source)}"
-                        ) from error
-
-
-def advice(error, source):
-    """What to do about an error of the libraries that loaded `source`, a folder or a hub id."""
-    # They wrap the hub's own error in errors of theirs.
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    if Path(source).exists():
-        return "its files are missing or damaged; copy or save that part again"
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"accept the licence at huggingface.co/{source} and run `hf auth login`"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return "the hub has no such repository, or it is private: check the name, `hf auth login`"
-    if constants.HF_HUB_OFFLINE:
-        return (f"HF_HUB_OFFLINE is set and not all of it is on this disk: unset it, or run "
-                f"`{download_command(source)}` where there is a network")
-    return "check the network; --model tiny needs no download"
+        advice = (f"check its name and the network, accept its licence at huggingface.co/{source} "
+                  "and run `hf auth login`; with HF_HUB_OFFLINE all of it must be on this disk")
+        if Path(source).exists():
+            advice = "its files are missing or damaged; copy or save that part again"
+        raise UserError(f"cannot load {what} of {source} ({line}); {advice}") from error
 
 
 def download(preset):

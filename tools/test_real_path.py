@@ -16,7 +16,6 @@ import pytest
 import run  # first, as in every script: it silences what the others import
 import torch
 from diffusers import AutoencoderTiny, SD3Transformer2DModel
-from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel,
@@ -408,23 +407,6 @@ def test_compiling_is_for_real_models_on_cuda_where_it_can_be(monkeypatch, capsy
     monkeypatch.setattr(model.shutil, "which", lambda name: None)
     assert not model.can_compile(real, cuda) and "a C compiler" in capsys.readouterr().err
 
-
-@pytest.mark.parametrize("offline, error, words", [
-    (False, "GatedRepoError", "accept the licence at huggingface.co/someone/sd3"),
-    (False, "RepositoryNotFoundError", "the hub has no such repository"),
-    (False, "LocalEntryNotFoundError", "check the network"),
-    (True, "LocalEntryNotFoundError", "HF_HUB_OFFLINE is set and not all of it is on this disk")])
-def test_what_cannot_be_downloaded_is_told_by_its_reason(offline, error, words, monkeypatch):
-    """The libraries wrap the hub's errors. Catches "accept the licence" where the network is
-    missing."""
-    monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", offline)
-    cause = getattr(errors, error).__new__(getattr(errors, error))
-
-    def fail(*arguments, **options):
-        raise OSError("no such files") from cause
-    monkeypatch.setattr("diffusers.StableDiffusion3Pipeline.download", fail)
-    with pytest.raises(run.UserError, match=words):
-        model.download(model.Preset("someone/sd3", "someone/sd3"))
 
 
 def test_a_hub_id_trains_offline_from_the_hubs_cache(real, tmp_path, monkeypatch, capsys):
