@@ -9,7 +9,6 @@ Dimension key: B batch, T shape templates, C latent channels, D width; pictures 
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -116,7 +115,7 @@ def make_vae(settings):
 
 # ================================================================== text
 
-def make_tokenizer(folder):
+def make_tokenizer():
     """A CLIPTokenizer whose vocabulary is the captions' words, one token each; at most 8 tokens a
     caption, start and end counted."""
     vocabulary, merges = {}, []
@@ -134,11 +133,7 @@ def make_tokenizer(folder):
             vocabulary.setdefault(pieces[0], len(vocabulary))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ["#version: 0.2", *map(" ".join, merges)]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=8)
 
 
 def make_text_encoder(tokenizer, index, settings):
@@ -279,7 +274,7 @@ def main(argv):
     if out.exists() and not settings.overwrite:
         raise UserError(f"{out} exists; give --out another folder, or --overwrite")
     vae = make_vae(settings)
-    tokenizer = make_tokenizer(Path(settings.work) / "tokenizer")
+    tokenizer = make_tokenizer()
     encoders = [make_text_encoder(tokenizer, i, settings) for i in range(2)]
     pipe = make_transformer(vae, tokenizer, encoders, settings)
     backbones = {

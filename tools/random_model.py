@@ -91,22 +91,12 @@ def t5_encoder(tokenizer):
 
 # ================================================================== the folder
 
-def random_transformer(config):
-    """The transformer of a config, made in half precision: SD3.5-Large would take 32 GB in fp32."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        return SD3Transformer2DModel(**config)
-    finally:
-        torch.set_default_dtype(before)
-
-
 def write_pipeline(folder, config):
     """Writes a stock pipeline and, beside it, the discriminator's backbone."""
     torch.manual_seed(0)                                  # the same folder for everybody
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     pipe = StableDiffusion3Pipeline(
-        transformer=random_transformer(config), vae=AutoencoderKL(**SD3_VAE),
+        transformer=SD3Transformer2DModel(**config), vae=AutoencoderKL(**SD3_VAE),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=clip_encoder(clip, *CLIP_WIDTHS[0]), tokenizer=clip,
         text_encoder_2=clip_encoder(clip, *CLIP_WIDTHS[1]), tokenizer_2=clip,
