@@ -37,7 +37,7 @@ With the paper in hand, find here what computes it, and the test in test_all.py 
     official processor.py        sampler.sigma_grid                 sigma_grid
                                  step_end, renoise_window           compared_between
     official train_stage1.py     fake_score_loss                    fake_score_loss
-                                 dmd_loss_official                  huber
+                                 dmd_loss_official                  turn_of_stage_one
     official train_stage2.py     train_stage2.turn_of               turns_are
     official model/D.py          model.Discriminator                discriminator_is
                                  the losses of Stage II             discriminator_turn

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,7 @@ from run import parse_settings
 
 import torch
 
-import cache
 import model
-import sampler
 from tiny.world import CAPTIONS
 from tools import benchmark, claims, exercise, find_span
 
@@ -183,31 +180,15 @@ def test_an_exercise_is_solved_by_our_code_and_by_no_mistake(number, tmp_path):
 EXPERIMENTS = HERE / "docs" / "experiments"
 
 
-def patched(name, folder):
-    """The (first) file that NAME.diff changes, changed, in a folder that is its own repository."""
-    diff = str(EXPERIMENTS / f"{name}.diff")
-    files = re.findall(r"^\+\+\+ b/(\S+)", Path(diff).read_text(), re.M)
-    for file in files:
-        (folder / file).parent.mkdir(exist_ok=True)
-        shutil.copy(HERE / file, folder / file)
+@pytest.mark.parametrize("diff", sorted(EXPERIMENTS.glob("*.diff")), ids=lambda path: path.stem)
+def test_every_diff_of_the_experiments_applies_and_goes_back(diff, tmp_path):
+    """Catches a diff that has rotted because the file under it was changed."""
+    for file in re.findall(r"^\+\+\+ b/(\S+)", diff.read_text(), re.M):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(HERE / file, tmp_path / file)
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     for words in (["init", "-q"], ["apply", diff], ["apply", "-R", "--check", diff]):
-        subprocess.run(["git", *words], cwd=folder, env=env, check=True)
-    return folder / files[0]
-
-
-def loaded(path):
-    """A changed file as a module; the project's other modules stay as they are."""
-    module = types.ModuleType(path.stem)
-    module.__file__ = str(path)
-    exec(compile(path.read_text(), path.name, "exec"), vars(module))
-    return module
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.diff")))
-def test_every_diff_of_the_experiments_applies_and_goes_back(name, tmp_path):
-    """Catches a diff that has rotted because the file under it was changed."""
-    patched(name, tmp_path)
+        subprocess.run(["git", *words], cwd=tmp_path, env=env, check=True)
 
 
 def test_the_commands_and_files_of_the_experiments_are_there():
@@ -223,66 +204,6 @@ def test_the_commands_and_files_of_the_experiments_are_there():
     mixed = model.read_prompts(EXPERIMENTS / "mixed.txt")
     assert len({caption.split()[-1] for caption in mixed}) == 4 and {*mixed} < {*CAPTIONS}
     assert model.read_prompts(EXPERIMENTS / "23_captions.txt") == CAPTIONS[:22] + CAPTIONS[23:]
-
-
-def test_the_diffs_of_the_losses_do_what_the_page_says(tmp_path):
-    """Guidance at levels on both sides of each bound."""
-    sigma = torch.tensor([1.0, 0.98, 0.979, 0.95, 0.94, 0.8, 0.75, 0.5, 0.1])
-    for name, on in {"interval": "000011000", "upside_down": "111100000",
-                     "preshift": "001111111"}.items():
-        weight = loaded(patched(name, tmp_path)).guidance_weight(sigma, 4.0, 0.94)
-        assert weight.tolist() == [4.0 if one == "1" else 1.0 for one in on], name
-
-
-def test_half_the_side_gives_a_whole_velocity(tmp_path):
-    """A network that guesses 3 everywhere, from noise of deviation 1. Catches tokens in the wrong
-    places, and noise that the mean has made weaker."""
-    halved = loaded(patched("half_side", tmp_path))
-    tokens = torch.arange(4.0).reshape(1, 4, 1)
-
-    def guesses(net, x, *_):
-        assert x.shape == (1, 4, 4, 4) and 0.7 < x.std() < 1.3
-        return x - 3, (tokens, "text")
-    halved.velocity = guesses
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    v, (image, text) = halved.half_side(None, x, 1.0, None)
-    assert torch.allclose(x - v, torch.full_like(x, 3.0)) and text == "text"
-    assert image.flatten().tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
-
-
-@torch.no_grad()
-def test_the_diffs_of_the_cache_do_what_the_page_says(tmp_path, teacher, prompts, monkeypatch):
-    """One stream of f alone, a linear f, Δ0 of the neighbour; and a residual for each block is the
-    span's up to rounding."""
-    f, delta = cache.make_compensation(8), (torch.randn(3, 4, 8), torch.randn(3, 2, 8))
-    for one in f.values():
-        torch.nn.init.normal_(one.down.weight)
-    image, text = cache.apply_compensation(f, delta)
-    for name, wanted in {"f_image_only": (image, delta[1]), "f_text_only": (delta[0], text),
-                         "borrowed": (image.roll(1, 0), text.roll(1, 0))}.items():
-        found = loaded(patched(name, tmp_path)).apply_compensation(f, delta)
-        assert all(map(torch.allclose, found, wanted)), name
-    f, forward = f["image"], loaded(patched("f_linear", tmp_path)).Compensation.forward
-    assert torch.allclose(forward(f, image), image + f.down(f.up(f.norm(image))))
-    noise, prompt = sampler.image_noise(0, [0, 1], (4, 8, 8)), prompts.take([3, 9])
-    each_block = loaded(patched("each_block", tmp_path)).CachedSD3.forward
-    samples = []
-    for forward in (type(teacher).forward, each_block):
-        monkeypatch.setattr(type(teacher), "forward", forward)
-        latents, *_ = sampler.roll_out(teacher, noise, prompt, sampler.sigma_grid(2), (1, 4))
-        samples.append(latents[-1])
-    assert 0 < torch.dist(*samples) < 1e-3
-
-
-def test_the_diffs_of_the_references_do_what_the_page_says(tmp_path, prompts):
-    """The guidance of the teacher that makes them."""
-    for name, wanted in {"references_guided": (4, 1), "references_unguided": (1, 1)}.items():
-        stage2, seen = loaded(patched(name, tmp_path)), []
-        stage2.sample_guided = lambda *words, w=4, alpha=1: seen.append((w, alpha)) or words[1:3]
-        stage1 = {"latent_shape": [3, 8, 8], "guidance": 4, "alpha": 0.94}
-        stage2.make_references(stage2.Settings(references=2), model.PRESETS["tiny"], stage1,
-                               prompts, torch.tensor([0, 1]), decode=torch.clone)
-        assert seen == [wanted]
 
 
 @pytest.mark.slow
