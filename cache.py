@@ -82,8 +82,8 @@ class CachedSD3(SD3Transformer2DModel):
     the attention of every block. A block takes (image, text, temb) and returns (text, image): each
     stream plus what the block added to it. temb is one vector for each sample, made of the timestep
     and the pooled prompt; it scales and shifts the streams inside every block. The last block
-    returns no text, since nothing reads it. So a span must end before the last block: there Δ0
-    would have no text stream to be added to, and no later block could correct what was reused.
+    returns no text, since nothing reads it. So a span must end before the last block: of that
+    one there is no text residual, and no later block could correct what was reused.
     """
 
     def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
@@ -96,8 +96,8 @@ class CachedSD3(SD3Transformer2DModel):
 
         span None            all blocks run; Δ0 is None
         span (n, m)          all blocks run; Δ0 (image [B, T, D], text [B, L, D]) is recorded
-        span (n, m), delta   blocks n..m are skipped, f(delta) stands in for them; f None is plain
-                             reuse of delta, which is returned as it came
+        span (n, m), delta   blocks n..m are skipped, f(delta) stands in for them (f None: plain
+                             reuse, delta itself); the same delta is returned
         """
         assert not return_dict, "this forward returns a tuple"
         assert span or delta is None, "a residual belongs to a span"
@@ -108,7 +108,7 @@ class CachedSD3(SD3Transformer2DModel):
         # Both streams become tokens of width D. pos_embed is diffusers' name for two things: it
         # makes a token of each patch of 2×2 latents, and adds where the patch lies.
         # context_embedder is a linear layer, time_text_embed an MLP of the timestep plus one of the
-        # pooled prompt.
+        # pooled prompt. (contiguous: copied once here, or each layer norm would copy it again.)
         image = self.pos_embed(hidden_states).contiguous()                # B×C×H×W → B×T×D
         text = self.context_embedder(encoder_hidden_states)               # B×L×J → B×L×D
         temb = self.time_text_embed(timestep, pooled_projections)         # B×D

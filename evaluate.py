@@ -6,8 +6,8 @@
     python evaluate.py --model sd3-medium --checkpoint RUN --prompts FILE --out results/medium
 
 Each row of the table is one way of making pictures: the teacher in 51 network evaluations, a run in
-1.67, that run without its cache. All rows but the data sample the same prompts from the same start
-noises. Then a meter looks at the pictures; in the miniature world it is the exact reader
+1.67, the same run without its cache in 2. All rows but the data sample the same prompts from the
+same start noises. Then a meter looks at the pictures; in the miniature world it is the exact reader
 (tiny/world.py):
 
     right                share of pictures that show the caption's shape and colour; 1 is best
@@ -137,7 +137,7 @@ class TinyMeter(torch.nn.Module):
         # training can fool it.
         read = measure(pictures, torch.full((len(pictures),), CAPTIONS.index(prompt)))
         values = {"right": read["right"].mean(), "usual_scene": read["usual_scene"].mean(),
-                  "scene_entropy": read["scene_entropy"],
+                  "scene_entropy": read["scene_entropy"],                 # of the one caption here
                   "read_error": read["read_error"].mean(), "speckled": read["speckled"].mean()}
         x = pictures.to(self.metric_backbone.device) * 2 - 1              # to [−1, 1]
         maps = self.metric_backbone(x).feature_maps
@@ -170,7 +170,7 @@ def estimate(name, values):
     # not at all, average again, and repeat. Draw whole prompts, not pictures: pictures of one
     # prompt are alike, and counting each as news would make the interval too narrow. The seed is
     # fixed, so that all rows get the same draws. (No such interval for the Fréchet distance: a draw
-    # has fewer distinct pictures, which alone makes it larger.)
+    # has fewer different pictures, and that alone makes the distance larger.)
     drawn = torch.randint(len(values), (ROUNDS, len(values)), generator=rng(0, "bootstrap"))
     means = values[drawn].mean(1).float()                                 # ROUNDS
     interval = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()

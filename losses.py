@@ -8,13 +8,14 @@ Conventions of the whole project (rectified flow):
     x_σ = (1 − σ)·x0 + σ·ε       σ in [0, 1]; σ = 1 is noise, σ = 0 is the picture's latent
     v   = ε − x0                 what the network predicts; it points from the picture to noise
     x0  = x_σ − σ·v              so one answer of the network is also a guess of the picture: x̂0
-    score = −(x + (1 − σ)·v)/σ   so a network that predicts v knows the score, too: "fake score"
+    score = −E[ε|x_σ]/σ          and E[ε|x_σ] = x_σ + (1 − σ)·v: a network that predicts v knows
+                                 the score, too, hence "fake score"
     timestep = 1000·σ            what the network is told (model.velocity does it)
-    σ = 3u/(1 + 2u)              u is time before the shift; grid index i is u = 1 − i/1000, so
-                                 index 0 is σ = 1
+    σ = 3u/(1 + 2u)              u in [0, 1] is time before the shift (shift_sigma)
+    p                            the student's sample at the end of a step: what the loss judges
 
 Dimension key: B batch, C latent channels, H W latent size. Latents are [B, C, H, W] and fp32,
-sigmas are [B] (or one number) and fp32.
+sigmas are [B] (or one number), fp32 and on the CPU; to_shape takes them to the latents' device.
 
 We do not have the paper's body: only Eq. 4 can be cited by its number, the rest by part or figure.
 With the paper in hand, find here what computes it, and the test in test_all.py that pins it
@@ -109,14 +110,14 @@ def guidance_weight(sigma, w, alpha):
 
     sigma [B] or a number; returns the same shape. Weight 1 is no guidance. This is the rule: Stage
     I, the references of Stage II and the teacher's rows of the evaluation all come here, so whoever
-    wants another rule changes this function and nothing else. Two things to know: w = 1 must give 1
-    everywhere (a student that makes references is not guided), and evaluate.py then measures older
-    runs, too, against the new rule's teacher.
+    wants another rule changes this function and nothing else. Two things to know. For w = 1 it must
+    return 1: a student that makes references is called with w = 1. And evaluate.py uses the new
+    rule for its teacher, whatever rule a run was trained with.
     """
     # At high noise the layout begins. Guidance there pulls every sample to the most likely layout,
-    # before the guess x̂0 shows one (docs/RESULTS.md). The student sees the guided teacher alone
-    # and never learns the other layouts. Off at high noise, on below: the layouts stay varied and
-    # the details still get their guidance.
+    # mostly before the guess x̂0 shows one (docs/RESULTS.md). The student sees the guided teacher
+    # alone and never learns the other layouts. Off at high noise, on below: the layouts stay varied
+    # and the details still get their guidance.
     # α is compared with the shifted σ, inclusive, as in the official code (deviation 1: the paper's
     # own t may be unshifted, and u = 0.94 is σ = 0.979).
     return torch.where(torch.as_tensor(sigma) <= alpha, w, 1.0)
@@ -181,7 +182,7 @@ def _interpolate(x, xs, ys):
 # In the last step both compare the same sample: there σ_{k+1} = 0.
 
 def step_end(k, sigmas, form="window"):
-    """The level of p, the sample that is compared, [B]: σ_{k+1}, where step k [B] ends; 0 in the x0
+    """The level of p, the sample that is judged, [B]: σ_{k+1}, where step k [B] ends; 0 in the x0
     form. sigmas [N + 1] is the student's grid."""
     if form == "x0":
         return torch.zeros(len(k))
@@ -194,8 +195,8 @@ def renoise_window(k, sigmas, form="window"):
     if form == "x0":
         return torch.ones(len(k)), torch.zeros(len(k))
     # Levels below σ_{k+1} belong to the next step, which is drawn, and compared, on its own. In
-    # step one's window, σ from 0.75 to 1, the official curve draws 36 % above α = 0.94: on these
-    # levels Eq. 4 acts.
+    # step one's window, σ from 0.75 to 1, the official curve draws 36 % above α = 0.94: there the
+    # teacher is not guided.
     return sigmas[k], sigmas[k + 1]
 
 
@@ -233,23 +234,23 @@ def dmd_loss(p, p_teacher, p_fake):
     velocity brings the re-noised sample back to the level of p.
     """
     assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
-    # Nobody can compute the divergence between the student's and the teacher's distributions. But
-    # its gradient is, on average over the noise, the difference of their scores (docs/TEACHING.md
-    # derives it; the fake score stands for the student's):
+    # 1. The direction. Nobody can compute the divergence between the student's and the teacher's
+    # distributions. But its gradient is, on average over the noise, the difference of their scores
+    # (docs/TEACHING.md derives it; the fake score stands for the student's):
     #     score_fake − score_teacher = (1 − σ)/σ · (v_teacher − v_fake)
     #     p_fake − p_teacher         = (σ − σ_{k+1}) · (v_teacher − v_fake)
-    # The same direction, another weight. So build a loss with the gradient p_fake − p_teacher: half
-    # the squared distance to a constant target p − (p_fake − p_teacher).
-    # A descent step moves p to where the teacher points, and away from where the student already
-    # is. The printed value is no distance to anything. Watch the gap |v_teacher − v_fake| instead,
-    # which train_stage1.py logs.
+    # The same direction, another weight.
+    # 2. A loss with the gradient p_fake − p_teacher: half the squared distance to a constant target
+    # p − (p_fake − p_teacher). A descent step moves p to where the teacher points, and away from
+    # where the student already is. The printed value is no distance to anything. Watch the gap
+    # |v_teacher − v_fake| instead, which train_stage1.py logs.
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # The difference grows with σ − σ_{k+1}. The sample's mean |p − p_teacher| grows alike, so
-        # divide by it, as DMD does: then all levels count about the same. (In step one this
-        # distance is nearly all fresh noise. It does not tell how far the student has to go:
-        # docs/RESULTS.md.) One mean for each sample (deviation 3: official one for each image
-        # column).
+        # 3. The scale. The difference grows with σ − σ_{k+1}: in step one 24 times from σ = 0.76 to
+        # 0.99. The sample's mean |p − p_teacher| grows too, four times. Divided by it, as in DMD,
+        # levels differ by a factor of 6. (In step one this distance is nearly all fresh noise. It
+        # does not tell how far the student has to go: docs/RESULTS.md.) One mean for each sample
+        # (deviation 3: official one for each image column).
         scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
     return (0.5 * (p - target) ** 2 / scale).mean()
 
@@ -264,7 +265,8 @@ def dmd_loss_official(p, p_teacher, p_fake):
         scale = (p - p_teacher).abs().mean((1, 2), keepdim=True) + EPSILON        # B×1×1×W
     # Pseudo-Huber √(e² + c²) − c. Where |e| is much larger than c its gradient is the sign of e:
     # how far teacher and fake score disagree no longer matters, only in which direction.
-    # c grows with the root of the number of latent values, relative to a 4×64×64 latent.
+    # c grows with the root of the number of latent values. The reference, a 4×64×64 latent, is the
+    # official code's.
     c = 1e-3 * (p[0].numel() / (64 * 64 * 4)) ** 0.5                              # [official]
     error = p - target
     return (((error ** 2 + c ** 2).sqrt() - c) / scale).mean()

@@ -98,8 +98,8 @@ class Decoder:
     white. Not clamped, so that gradient flows everywhere: some values lie a little outside."""
 
     def __init__(self, preset, device, checkpointing=False, compiled=False):
-        # On a GPU it is stored in bf16: half the memory, and in the miniature 0.26 of 255 levels on
-        # the mean.
+        # On a GPU it is stored in bf16, which takes half the memory. In the miniature that changes
+        # a value by 0.26 of 255 levels on the mean.
         self.vae = load_part(AutoencoderKL, preset.source, "vae", frozen_dtype(device))
         # Frozen: its weights do not learn. Gradient still flows through it, to the latents.
         self.vae.to(device).requires_grad_(False)
@@ -138,7 +138,7 @@ class Head(torch.nn.Module):
     def forward(self, features):
         h = torch.nn.functional.leaky_relu(self.hidden(features), 0.2)      # [official] slope 0.2
         if h.ndim == 4:
-            h = h.flatten(2).mT                       # B×width×h×w → B×places×width
+            h = h.flatten(2).mT                       # B×width×h×w → B×places×width (transposed)
         else:
             h = h[:, None]                            # B×1×width
         return self.logit(h)[..., 0]                                      # B×places
@@ -325,8 +325,8 @@ def find_preset(model):
         return PRESETS[model]
     folder = Path(model).resolve()
     if folder.is_file():
-        raise UserError(f"{model} is a file, and a base model is a pipeline folder; four lines of "
-                        "docs/REAL_MODELS.md make one of it")
+        raise UserError(f"{model} is a file, and a base model is a pipeline folder; \"A single "
+                        "file\" in docs/REAL_MODELS.md makes one of it")
     if not folder.exists():
         # A hub id has exactly one slash; the rest are misspelt names and folders that have gone.
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
@@ -765,8 +765,8 @@ def save_transformer(net, folder, half, lora_rank=None):
 
 def load_student(folder, settings, preset, device, spread=False):
     """(student, span or None, f or None) of a run with these settings, finished or not: its result
-    or, when that is older, its newest checkpoint. On a GPU in bf16, as what does not learn; on the
-    CPU in fp32. spread as in load_transformer."""
+    or, when that is older, its newest checkpoint. On a GPU in bf16, on the CPU in fp32; spread as
+    in load_transformer."""
     folder = Path(folder)
     weights = newest_student(folder)
     finished = weights.name == "student"

@@ -2,12 +2,13 @@
 file when you read beside the paper.
 
 A run folder holds settings.json, prompts.safetensors, metrics.jsonl, samples/, the two newest
-checkpoint-NNNNNN/ and, at the end, the result: student/ and, of Stage II, compensation.safetensors.
+checkpoint-NNNNNN/ (one when it is finished) and, at the end, the result: student/. Stage II's has
+references.safetensors and compensation.safetensors, too. With matplotlib there is curves.png.
 Everything is safetensors or JSON. Nothing is ever unpickled, so loading a stranger's checkpoint
 cannot run a stranger's code.
 
 Four promises are kept here, each once:
-  repeatable    rng: whatever is random depends on (seed, iteration) alone, so nothing is saved
+  repeatable    rng: what is random depends on (seed, iteration) alone; no state has to be saved
   never half    save_whole: a temporary name, fsync, rename
   resumed       Run: the same command typed again goes on from the newest checkpoint
   any number    of processes (torchrun) computes the same gradients of the same global batch

@@ -4,7 +4,7 @@
     python sampler.py --checkpoint runs/tiny-stage2 --prompts FILE
 
 The grid and the roll-out here are the ones that training uses and that the stock pipeline
-reproduces when it is called with `sigmas=[...]` (stock_sigmas). NFE is the number of network
+reproduces when it is called with `sigmas=[1.0, 0.5]`. NFE is the number of network
 evaluations; guidance doubles an evaluation where it is on.
 
 Dimension key: B batch, C latent channels, H W latent size, N student steps, L text tokens, J and P
@@ -39,19 +39,10 @@ def sigma_grid(steps):
     """The student's sigmas, fp32 [N + 1], from 1 (noise) to 0: two steps are 1, 0.75, 0; four are
     1, 0.9, 0.75, 0.5, 0 [official, shift 3]."""
     # Equal steps in u, then the base model's shift. The first step is short in σ and decides what
-    # the paper calls structure; the last one is long and fills in the details.
+    # the paper calls structure; the last one is long and fills in the details. (The stock scheduler
+    # shifts by itself: give a pipeline u without its 0, sigmas=[1.0, 0.5], and not σ.)
     u = 1 - torch.arange(steps + 1) / steps                               # N+1: 1, 0.5, 0
     return shift_sigma(u)                                                 # N+1: 1, 0.75, 0
-
-
-def stock_sigmas(steps):
-    """What to pass as `sigmas` to the stock pipeline: [1.0, 0.5] for two steps."""
-    # The stock scheduler shifts what it is given and adds the final 0 itself, so pass u, not σ.
-    # With the base's scheduler never rely on num_inference_steps=2 alone: it spreads two steps over
-    # all of its noise levels, from the highest, 1, to its lowest, which it shifts twice (0.001 to
-    # 0.003 to 0.0089): σ = 1, 0.0089, 0. So step one jumps from pure noise nearly to the picture,
-    # farther than it was trained to, and the picture is blurred.
-    return [round(1 - i / steps, 6) for i in range(steps)]
 
 
 def teacher_sigmas(preset, steps=TEACHER_STEPS):
@@ -87,8 +78,8 @@ def roll_out(student, x, prompt, sigmas, span=None, f=None):
     # gradient (train_stage2.last_step).
     latents, velocities = [x], []
     # Step one has no Δ0 yet: it runs every block and records one, for each picture anew. From step
-    # two on the span is skipped, and the same Δ0 comes back unchanged for the step after. So two
-    # steps of SD3-Medium cost 1 + 16/24 evaluations.
+    # two on the span is skipped, and the same Δ0 is passed on unchanged. So two steps of SD3-Medium
+    # cost 1 + 16/24 evaluations.
     delta = None
     for sigma, sigma_next in itertools.pairwise(sigmas.tolist()):
         v, delta = velocity(student, x, sigma, prompt, span, delta, f)
@@ -145,7 +136,7 @@ def sample_guided(teacher, x, prompt, uncond, sigmas, w, alpha):
 
 class Gallery:
     """The sample grid of a training run: a row for each of some prompts, always from the same
-    noises, those of `sampler.py --seed 42`."""
+    noises."""
 
     def __init__(self, preset, prompts):
         # The same rows in every run and at every step: two grids differ only in the student.
@@ -200,7 +191,7 @@ def save_pictures(pictures, path, columns):
 class Settings:
     checkpoint: str = option(
         None, "run folder of train_stage1.py or train_stage2.py, finished or not (default: "
-              "runs/tiny-stage2 or, before it is trained, the committed tiny/student)")
+              "runs/tiny-stage2 or, before it is finished, the committed tiny/student)")
     prompt: str = option(None, "one prompt")
     prompts: str = option(None, "file of prompts: one a line, or JSON lines with \"prompt\"")
     num_images: int = option(4, "images for each prompt", low=1, high=100_000)
@@ -215,7 +206,7 @@ class Settings:
 def main(argv):
     settings = parse_settings(Settings, argv, "sampler.py", __doc__.split("\n\n")[0])
     folder = settings.checkpoint or "runs/tiny-stage2"
-    if not settings.checkpoint and not Path(folder, "settings.json").exists():
+    if not settings.checkpoint and not Path(folder, "student").exists():
         folder = COMMITTED                                # a result to start from
     if Path(settings.out).suffix != ".png" or Path(settings.out).is_dir():
         raise UserError(f"--out {settings.out}: give a file name that ends in .png")
@@ -228,7 +219,7 @@ def main(argv):
     device = pick_device(preset, settings.device)
     texts = choose_prompts(preset, settings.prompts, settings.prompt)
     if not settings.prompt and not settings.prompts and not preset.is_tiny:
-        texts = texts[:4]                                 # of the grammar's 80,000
+        texts = texts[:4]                                 # of default_prompts' 80,000
 
     preset = download(preset)                             # now a folder on this disk
     prompts = Prompts(preset, texts, device)

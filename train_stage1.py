@@ -97,7 +97,7 @@ SD3 = dict(
     checkpoint_every=50,        # [official]
     sample_every=50,            # [ours]
 )
-BETAS = (0.0, 0.999)            # [official]; [paper, second hand] too
+BETAS = (0.0, 0.999)            # [official]; [paper, second hand] too; neither says why β1 is 0
 WEIGHT_DECAY = 1e-4             # [official]
 CLIP_STUDENT = 2.0              # [official] largest gradient norm
 CLIP_FAKE = 1.0                 # [official]
@@ -133,11 +133,11 @@ def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     # next step starts from p, which still holds noise, so p is what has to be right. In the last
     # step σ_{k+1} is 0 and p is x̂0; with --form x0, the paper's figure, in every step.
     x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
-    # The fake score learns the velocity of the straight line through x̂0 and x. So it comes to know
-    # where the student goes from each noise level, as the teacher knows it of real pictures. (In
-    # step one x still holds some of the noise that x̂0 came from, so the target is not exactly the
-    # velocity of the student's distribution. The official code does it so: docs/TEACHING.md.)
-    # It is never guided [official]: it must describe the student's samples as they are.
+    # The fake score learns the velocity of the straight line through x̂0 and x. In the last step
+    # this is exact flow matching: it comes to know the student's samples as the teacher knows real
+    # pictures. In step one, where x still holds some of the noise that x̂0 came from, it is the
+    # official code's approximation (docs/TEACHING.md). It is never guided [official]: it must
+    # describe the student's samples as they are.
     v, _ = velocity(fake_score, x, sigma, prompt)
     return fake_score_loss(v, x, x0, sigma)
 
@@ -173,7 +173,7 @@ def student_turn(student, teacher, fake_score, draws, path, prompt, uncond, sigm
 
 def at_step(path, k):
     """Each sample's entry at its own step: path [steps, B, C, H, W], k [B] → [B, C, H, W]."""
-    return path[k, torch.arange(len(k))]                        # of sample b its step k[b]
+    return path[k, torch.arange(len(k))]                        # path[k[b], b] for every sample b
 
 
 def draw_batch(i, settings, shape, sigmas, texts):
@@ -215,12 +215,12 @@ SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics
 
 
 def diagnose(gap, sigma, x0, sigmas, alpha):
-    """What diagnoses a run (README: what you see while it trains), of the main process's rows: gap
+    """What diagnoses a run (README: what you see while it trains), of this process's samples: gap
     and sigma [B] of the student's turn, x0 [B, C, H, W] the end of its path."""
     metrics = {"gap": gap.mean().item()}
     # |v_teacher − v_fake| by re-noise level. The bins end at 0, 0.5, α, 1 and the steps' levels;
-    # one that holds no sample is null in the log. Above α, where nobody is guided, the gap starts
-    # small.
+    # one that holds no sample is null in the log. Above α, where nobody is guided, the gap is 0
+    # before the first update.
     edges = sorted({0.0, 0.5, alpha, 1.0, *sigmas.tolist()})
     for low, high in itertools.pairwise(edges):
         inside = (sigma > low) & (sigma <= high)
@@ -273,7 +273,8 @@ def main(argv):
     preset = download(preset)                                   # now a folder on this disk
     prompts = Prompts(preset, texts, device, [run.folder])      # frees the text encoders again
     # place() moves a network to its device; several processes share it in pieces (spread: the main
-    # one alone reads the weights). frozen_on: it never learns, so on a GPU bf16 is enough.
+    # one alone reads the weights). frozen_on: it never learns, so on a GPU bf16 is enough. compiled
+    # is False on a CPU (model.can_compile).
     compiled = not settings.no_compile
     teacher = place(load_transformer(preset, frozen_on=device, spread=True), device, compiled)
     student = place(load_transformer(preset, spread=True), device, compiled)
@@ -294,7 +295,8 @@ def main(argv):
     begun = time.perf_counter()
     bar = run.bar(start, "stage 1")
     for i in bar:
-        # What is drawn, in micro-batches; usually there is one.
+        # What is drawn, in micro-batches. With one: draws, path, the fake score's update, the
+        # student's update.
         draws = draw_batch(i, settings, shape, sigmas, texts)
         parts = micro_batches(draws, settings.accumulation)
         paths, losses_fake, losses_student, gaps = [], [], [], []

@@ -97,9 +97,10 @@ SD3 = dict(
 )
 BETAS = (0.9, 0.95)             # [official] student, f and D; [paper, second hand] too
 WEIGHT_DECAY = 1e-4             # [official]
-CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly (in the
-                                # warm-up of f alone: deviation 9); D: none
-D_ONLY = 50                     # [official] no turn of G before 50; the first multiple of 3 is 51
+CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly; in the
+                                # warm-up of f alone (deviation 9). D's is not clipped
+D_ONLY = 50                     # [official] no turn of G before 50; its first one is 51, the next
+                                # multiple of 3
 D_PER_G = 2                     # [official] turns of the discriminator for each of the generator
 
 
@@ -116,7 +117,8 @@ def turn_of(i):
 # ================================================================== the two kinds of turns
 
 def last_step(student, x, prompt, sigmas, span, delta, f):
-    """The student's sample [B, C, H, W]: its last step, from x at σ_{N−1} to 0, which learns.
+    """The student's sample [B, C, H, W]: the end of its last step, from x at σ_{N−1} to 0. This
+    step is the one that is trained.
 
     It is exactly the step that inference takes: the span skipped, f(Δ0) in its place. If the
     student were trained on full steps, it would first meet f's errors at inference.
@@ -193,7 +195,7 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
     The official code makes them anew in every iteration, by a 4-step student that was not released.
     Here the teacher makes them once, with its 28 steps, guided with α as in Stage I: both stages
     imitate the same teacher. (Measured in docs/EXPERIMENTS.md, 5: references without guidance cost
-    the student ten points of accuracy, those guided at all levels a little variety.)
+    the student ten points of accuracy.)
     """
     device, shape = prompts.device, stage1["latent_shape"]
     if settings.reference == "teacher":
@@ -216,8 +218,8 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
             x, _ = sample_guided(maker, x, prompt, uncond, sigmas, w, stage1["alpha"])
             # Decoded now, one by one: decoding a 1024² latent costs more than a pass of the
             # transformer, and D looks at each reference about 110 times (miniature: 20). Clamped
-            # and 8-bit, as a picture in a file. The student's is neither, in both kinds of turns:
-            # clamping would stop the gradient in G's (deviation 10).
+            # and 8-bit, as a picture in a file. The student's picture is never clamped or rounded:
+            # that would stop the gradient in G's turns (deviation 10).
             decoded = torch.cat([decode(one) for one in x.split(1)]).clamp(0, 1) * 255
         pictures.append(decoded.round().to(torch.uint8).cpu())
     return torch.cat(pictures)
@@ -253,7 +255,7 @@ def resolve(settings):
             raise UserError(f"--reference {settings.reference} needs more steps than --init "
                             f"{settings.init}, and the same base model and picture size")
     # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
-    # In `own` Stage II's options stand over Stage I's of the same name.
+    # Compared with what this run has: Stage I's settings (α, w, size) and its own over them.
     if settings.references_from:
         other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
         if not Path(settings.references_from, "references.safetensors").exists():
@@ -300,6 +302,7 @@ def main(argv):
     preset = download(preset)                             # now a folder on this disk
     discriminator = Discriminator(preset, settings.seed).to(device)
     prompts = Prompts(preset, texts, device, [run.folder, settings.init])   # frees the encoders
+    # On the CPU first: place() moves it, when it has its LoRA.
     student, _, _ = load_student(settings.init, stage1, preset, torch.device("cpu"), spread=True)
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
@@ -356,8 +359,9 @@ def main(argv):
                 with torch.no_grad():
                     picture = decode(last_step(student, x, prompt, sigmas, span, delta, f))
                 reference = references[part["noise_index"]].to(device) / 255
-                # The heads' spectral norms run one power iteration for each pass in train mode: one
-                # a turn, whatever --accumulation is, and none in G's turns [official].
+                # The heads' spectral norms run one power iteration for each pass in train mode. So
+                # that is one a turn, whatever --accumulation is (deviation 11). In G's turns there
+                # is none [official].
                 discriminator.heads.train(part is parts[0])
                 loss, rank = discriminator_turn(discriminator, picture, reference)
                 ranks.append(rank)
@@ -384,8 +388,8 @@ def main(argv):
         metrics |= {f"loss_{who}": torch.stack(losses).mean().item(), f"grad_norm_{who}": norm}
         if ranks:
             metrics["d_ranks"] = torch.stack(ranks).mean().item()
-        # clip_and_step has cleared the learners' gradients alone. G's loss leaves some in the heads
-        # and, during the warm-up, in the student: nobody may take them into another turn.
+        # clip_and_step clears the gradients of those that took the step. G's loss has left some in
+        # the heads, too, and in the warm-up in the student. Clear all, or the next turn adds them.
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 

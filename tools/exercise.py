@@ -4,7 +4,7 @@
     python -m tools.exercise 4              # exercises/4: a copy without that function's body
     python -m tools.exercise 4 --check      # which property does yours lack?
 
-The copy is the whole project, so whatever is solved there can be trained there, too. The original
+The copy has all of the code, so whatever is solved there can be trained there, too. The original
 stays as it is; it is also the solution. The tests need pytest.
 """
 

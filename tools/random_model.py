@@ -1,7 +1,7 @@
 """Writes a Stable Diffusion 3 pipeline folder of the true shape with random weights.
 
     python -m tools.random_model --model sd3-medium --out models/random-sd3-medium
-    python train_stage1.py --model models/random-sd3-medium     # ... and all other scripts
+    python train_stage1.py --model models/random-sd3-medium
 
 The real weights are gated, and they take hours to download. Seconds and memory do not depend on
 them: with this folder both stages and the benchmark run on a new machine without a download. The
