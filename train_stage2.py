@@ -225,6 +225,29 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
     return torch.cat(pictures)
 
 
+def check_references(settings, stage1):
+    """UserError for a --reference or --references-from that does not fit. Reads settings alone."""
+    # Who makes the references must be better than the student, or D teaches nothing new.
+    if settings.reference != "teacher":
+        other = read_settings(settings.reference)
+        same_base = other["model"] == stage1["model"]
+        same_size = other["latent_shape"] == stage1["latent_shape"]
+        if other["steps"] <= stage1["steps"] or not same_base or not same_size:
+            raise UserError(f"--reference {settings.reference} needs more steps than --init "
+                            f"{settings.init}, and the same base model and picture size")
+    # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
+    # Compared with what this run has: Stage I's settings (α, w, size) and its own over them.
+    if settings.references_from:
+        other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
+        if not Path(settings.references_from, "references.safetensors").exists():
+            raise UserError(f"--references-from {settings.references_from} holds no references")
+        for name in ("model", "prompts", "pool", "seed", "references", "reference", "alpha",
+                     "guidance", "latent_shape"):
+            if name in own and other.get(name) != own[name]:
+                raise UserError(f"--references-from {settings.references_from} has another {name}: "
+                                f"{other.get(name)}, not {own[name]}")
+
+
 # ================================================================== the script
 
 def resolve(settings):
@@ -246,25 +269,8 @@ def resolve(settings):
     if stage1["stage"] != 1 or stage1["model"] != preset.name:
         raise UserError(f"{settings.init} is a run of Stage {stage1['stage']} from "
                         f"{stage1['model']}; --init takes one of Stage I from {preset.name}")
-    # Who makes the references must be better than the student, or D teaches nothing new.
-    if settings.reference != "teacher":
-        other = read_settings(settings.reference)
-        same_base = other["model"] == stage1["model"]
-        same_size = other["latent_shape"] == stage1["latent_shape"]
-        if other["steps"] <= stage1["steps"] or not same_base or not same_size:
-            raise UserError(f"--reference {settings.reference} needs more steps than --init "
-                            f"{settings.init}, and the same base model and picture size")
-    # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
-    # Compared with what this run has: Stage I's settings (α, w, size) and its own over them.
-    if settings.references_from:
-        other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
-        if not Path(settings.references_from, "references.safetensors").exists():
-            raise UserError(f"--references-from {settings.references_from} holds no references")
-        for name in ("model", "prompts", "pool", "seed", "references", "reference", "alpha",
-                     "guidance", "latent_shape"):
-            if name in own and other.get(name) != own[name]:
-                raise UserError(f"--references-from {settings.references_from} has another {name}: "
-                                f"{other.get(name)}, not {own[name]}")
+    check_references(settings, stage1)
+
     # Which blocks step two skips.
     if settings.cached_blocks == "none":
         return preset, device, texts, config, stage1, None
