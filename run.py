@@ -469,7 +469,9 @@ class Run:
         files = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
         if files and not before.keys() >= {"finished", "versions"}:
             raise UserError(f"{folder} exists and is not a run folder; give --out another name")
-        if saved.exists() and not overwrite:
+        # A run without checkpoint, references or result may begin with other settings.
+        begun = checkpoints(folder) or (self.folder / "references.safetensors").exists()
+        if saved.exists() and (begun or (self.folder / "student").exists()) and not overwrite:
             differing = [f"{key} was {before.get(key)}, is {value}"
                          for key, value in settings.items()
                          if key not in MAY_CHANGE and before.get(key) != value]
@@ -484,14 +486,15 @@ class Run:
                                 "--iterations")
         self.done = 0 < settings["iterations"] <= self.result
         barrier()                                         # all have looked before one writes
-        if is_main() and overwrite and saved.exists():
+        if is_main() and overwrite:
             # One rename, so that no rest of the old run can pass for the new one's.
             folder = self.folder.resolve()                # what a link leads to
             old = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)        # what a kill has left
-            folder.rename(old)
-            folder.mkdir()
-            shutil.rmtree(old)
+            if saved.exists():
+                folder.rename(old)
+                folder.mkdir()
+                shutil.rmtree(old)
         if is_main() and not self.done:
             # First of all, so that a kill leaves nothing that looks like somebody else's folder.
             self._write_settings()
@@ -516,11 +519,15 @@ class Run:
         if not iteration:
             return 0
         folder = self.folder / f"checkpoint-{iteration:06d}"
-        for name, net in networks.items():
-            load_full(net, load_file(folder / f"{name}.safetensors") if is_main() else {})
-        for name, optimizer in optimizers.items():
-            load_optimizer(networks[name], optimizer,
-                           load_file(folder / f"{name}_optimizer.safetensors"))
+        try:
+            for name, net in networks.items():
+                load_full(net, load_file(folder / f"{name}.safetensors") if is_main() else {})
+            for name, optimizer in optimizers.items():
+                file = folder / f"{name}_optimizer.safetensors"
+                load_optimizer(networks[name], optimizer, load_file(file))
+        except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+            raise UserError(f"{folder} does not load ({str(error).splitlines()[0][:160]}); delete "
+                            "it to go on from the one before") from error
         print(f"resuming {self.folder} after iteration {iteration}")
         return iteration
 

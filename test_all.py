@@ -1209,6 +1209,22 @@ def test_a_run_with_other_settings_is_refused_and_left_as_it_was(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_a_run_that_never_began_takes_other_settings(finished, no_pictures, tmp_path):
+    """Its first start failed, say for want of a licence. Catches a folder that is refused then."""
+    shutil.copy(finished / "settings.json", tmp_path)
+    train_stage1.main([*SMALL, "--iterations", "1", "--alpha", "0.9", "--out", str(tmp_path)])
+    assert run.read_settings(tmp_path)["alpha"] == 0.9
+
+
+def test_a_damaged_checkpoint_is_named(finished, no_pictures, tmp_path, capsys):
+    """Catches a traceback, and a run that begins anew without a word."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    with open(run.checkpoints(out)[-1] / "student.safetensors", "r+b") as file:
+        file.truncate(1000)
+    line = refused(train_stage1.main, [*SMALL, "--iterations", "3", "--out", str(out)], capsys)
+    assert "checkpoint-000002 does not load" in line and "delete it to go on" in line
+
+
 def test_nothing_of_the_users_is_deleted_without_overwrite(finished, no_pictures, tmp_path, capsys):
     """A folder of somebody else's is refused, also with --overwrite; a run is replaced with it
     alone, and the prompts of another file are not taken for its own."""

@@ -263,13 +263,24 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(script, comm
     assert_same_run(out, commands.folder / script.__name__)
 
 
-def test_overwriting_leaves_no_half_removed_run(commands, tmp_path):
-    """Killed before each call that changes the disk. Catches a folder that is refused for ever, and
-    a rest of the old run that passes for the new one's."""
-    out = tmp_path / "run"
+@pytest.mark.slow
+def test_overwriting_can_be_killed_and_deletes_in_the_run_folder_alone(commands, tmp_path):
+    """Killed before each call that changes the disk. Catches a half-removed run that is refused for
+    ever, that passes for a finished one, or whose rest passes for the new one's, and a link whose
+    target is emptied."""
+    old, out = tmp_path / "old", tmp_path / "here" / "run"
+    assert commands.run(train_stage1, old, "--seed", "1") == {0}
+    out.parent.mkdir()
+    (out.parent / "notes.txt").write_text("precious")
     for n in range(1, 9):
         assert commands.run(train_stage1, out, "--seed", "1", "--overwrite") == {0}
+        (out / "link").symlink_to(old)
         killed = signalled(signal.SIGKILL, n, DISK)
         assert commands.run(train_stage1, out, "--overwrite", change=killed) == {-9}
+        saved = out / "settings.json"
+        whole = tensors(out / "student").keys() == tensors(old / "student").keys()
+        assert whole or not saved.exists() or not run.read_json(saved)["finished"]
     assert commands.run(train_stage1, out, "--overwrite") == {0}
     assert_same_run(out, commands.folder / "train_stage1")
+    assert {path.name for path in out.parent.iterdir()} == {"run", "run.log", "notes.txt"}
+    assert len(metrics(old)) == 6 and tensors(old)
