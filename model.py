@@ -358,11 +358,15 @@ def check_base(preset, offline=False):
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise UserError(f"{preset.source} holds a {config.get('_class_name')}, "
                         "not an SD3Transformer2DModel")
-    # The student's grid (sampler.sigma_grid) is SD3's: shift 3 for every picture size.
-    if schedule.shift != 3.0 or schedule.use_dynamic_shifting:
-        raise UserError(f"{preset.source}: its scheduler has shift = {schedule.shift}, dynamic: "
-                        f"{schedule.use_dynamic_shifting}; the student's sigmas are made for a "
-                        "fixed shift of 3, as in Stable Diffusion 3")
+    # The student's grid (sampler.sigma_grid) is SD3's: shift 3, for every picture size, and none of
+    # the scheduler's other ways to space its sigmas.
+    others = [name for name in ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas",
+                                "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+                                "stochastic_sampling") if getattr(schedule, name, None)]
+    if schedule.shift != 3.0 or others:
+        raise UserError(f"{preset.source}: its scheduler has shift = {schedule.shift} "
+                        f"{', '.join(others)}; the student's sigmas are made for a shift of 3, as "
+                        "in Stable Diffusion 3")
     # Each level of the VAE but the last halves the picture's side.
     return config, 2 ** (len(vae["block_out_channels"]) - 1)
 
