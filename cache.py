@@ -187,8 +187,9 @@ class BlockCache:
     between the calls. The first call of a sample path records it, the steps − 1 calls after it
     reuse it. A call belongs to the path if it brings the same prompt tensor, the same shape and a
     smaller timestep than the one before; any other call begins a path of its own and runs in full.
-    One thread at a time. Make the cache before the pipeline is offloaded, if it is. ValueError for
-    a span that does not fit.
+    After a path that was cut short make a new cache. One cache for a transformer, one thread at a
+    time; make it before the pipeline is offloaded, if it is. ValueError for a span that does not
+    fit, and for an argument of the call that changes what happens inside the span.
     """
 
     def __init__(self, transformer, span, f=None, steps=2):

@@ -220,7 +220,7 @@ def diagnose(gap, sigma, x0, sigmas, alpha):
     metrics = {"gap": gap.mean().item()}
     # |v_teacher − v_fake| by re-noise level. The bins end at 0, 0.5, α, 1 and the steps' levels;
     # one that holds no sample is null in the log. Above α, where nobody is guided, the gap is 0
-    # before the first update.
+    # before the first update, up to rounding.
     edges = sorted({0.0, 0.5, alpha, 1.0, *sigmas.tolist()})
     for low, high in itertools.pairwise(edges):
         inside = (sigma > low) & (sigma <= high)
