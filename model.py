@@ -737,15 +737,24 @@ def add_lora(net, rank, seed):
     return net
 
 
-def merge_lora(net):
-    """Adds B·A to each weight W and takes the adapter off: nobody has to guess a scale later."""
-    net.fuse_lora()
-    net.unload_lora()
+def merge_lora(state):
+    """The state {name: tensor} of a plain network from one with adapters: B·A is added to each
+    weight W, so nobody has to guess a scale later. One without adapters comes back as it is."""
+    merged = {}
+    for name, tensor in state.items():
+        layer = name.removesuffix(".base_layer.weight")
+        if layer != name:
+            A = state[f"{layer}.lora_A.default.weight"]
+            B = state[f"{layer}.lora_B.default.weight"]
+            tensor = tensor + B @ A
+        if ".lora_" not in name:
+            merged[name.replace(".base_layer", "")] = tensor
+    return merged
 
 
 # ================================================================== the student on disk
 
-def save_transformer(net, folder, half, lora_rank=None):
+def save_transformer(net, folder, half):
     """Writes a stock transformer folder of a network that may be sharded, LoRA merged into its
     weights, in half precision if so told. All processes call it; the main one writes."""
     state = full_state(net)
@@ -755,12 +764,7 @@ def save_transformer(net, folder, half, lora_rank=None):
     # own name into config.json, and from_pretrained of others would not find it.
     with torch.device("meta"):                            # shapes without memory
         plain = SD3Transformer2DModel.from_config(net.config)
-    if lora_rank:
-        add_lora(plain, lora_rank, seed=0)
-        state = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
-    plain.load_state_dict(state, assign=True)
-    if lora_rank:
-        merge_lora(plain)                                 # in place: hence the copy above
+    plain.load_state_dict(merge_lora(state), assign=True)
     if half:
         plain.half()
     save_whole(folder, plain.save_pretrained,
@@ -783,11 +787,7 @@ def load_student(folder, settings, preset, device, spread=False):
             student = load_part(CachedSD3, weights, None, torch.float32)
         else:
             student = CachedSD3.from_config(config)
-            if settings.get("lora_rank"):                 # a checkpoint holds adapters, not merged
-                add_lora(student, settings["lora_rank"], seed=0)
-            student.load_state_dict(load_file(weights / "student.safetensors"))
-            if settings.get("lora_rank"):
-                merge_lora(student)
+            student.load_state_dict(merge_lora(load_file(weights / "student.safetensors")))
         if settings.get("cached_blocks", "none") != "none":
             span = parse_span(settings["cached_blocks"], len(student.transformer_blocks))
         # f has a file of its own: a stock folder would drop it with a mere warning.

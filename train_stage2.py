@@ -419,7 +419,7 @@ def main(argv):
     # ------------------------------------------------------------- the result
     if f is not None:
         run.save("compensation", f.state_dict())
-    save_transformer(student, run.folder / "student", not preset.is_tiny, settings.lora_rank)
+    save_transformer(student, run.folder / "student", half=not preset.is_tiny)
     evaluations = nfe(steps, span, len(student.transformer_blocks))
     run.finish()
     print(f"{run.folder}: {evaluations:.3f} network evaluations, "
