@@ -37,8 +37,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from run import (UserError, barrier, fill_in, full_state, is_main, load_full, newest_student,
-                 processes, rng, save_tensors, save_whole)
+from run import (UserError, barrier, fill_in, full_state, is_main, newest_student, processes,
+                 rng, save_tensors, save_whole)
 
 import torch
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
@@ -584,15 +584,11 @@ def load_part(cls, source, part, dtype, harmless=None, **others):
     return net.to(dtype).eval()
 
 
-def load_transformer(preset, frozen_on=None, spread=False):
+def load_transformer(preset, frozen_on=None):
     """The base model's transformer, in eval mode: an MMDiT has no dropout, so that train mode would
     be the same. Networks that learn are fp32; one that never does takes half the memory on a GPU
-    (frozen_on, its device). spread: of several processes the main one alone reads the weights, and
-    place() sends the others their pieces."""
+    (frozen_on, its device)."""
     dtype = frozen_dtype(frozen_on) if frozen_on else torch.float32
-    if spread and not is_main():
-        config = CachedSD3.load_config(preset.source, subfolder="transformer")
-        return empty_transformer(config).to(dtype)
     return load_part(CachedSD3, preset.source, "transformer", dtype)
 
 
@@ -689,8 +685,8 @@ def can_compile(preset, device):
 
 def place(net, device, compiled=False):
     """The transformer on its device. With several processes its weights are spread over them:
-    torch's fully_shard, which gathers each block when it is used. Then only the main process needs
-    to hold the whole; it sends each its pieces. Make optimisers after this."""
+    torch's fully_shard, which gathers each block when it is used. Each process has read the whole
+    on its host and keeps its pieces. Make optimisers after this."""
     if compiled:
         # Block by block: they are alike, so one is compiled and serves all. The loop around them,
         # where the cache is, stays as it is written. In place: names of weights do not change.
@@ -705,14 +701,10 @@ def place(net, device, compiled=False):
         # Compute in bf16, sum gradients in fp32. Inputs stay as they are: velocity() casts.
         how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
                                                 cast_forward_inputs=False)
-    whole = net.state_dict() if is_main() else {}
-    net.to("meta")                                        # `whole` keeps the weights
     # Block by block: only one is whole at a time, the others lie in pieces on all devices.
     for block in net.transformer_blocks:
         fully_shard(block, **how)
     fully_shard(net, **how)
-    net.to_empty(device=device)
-    load_full(net, whole)
     return net
 
 
@@ -771,22 +763,19 @@ def save_transformer(net, folder, half):
                size=sum(tensor.nbytes for tensor in plain.state_dict().values()))
 
 
-def load_student(folder, settings, preset, device, spread=False):
+def load_student(folder, settings, preset, device):
     """(student, span or None, f or None) of a run with these settings, finished or not: its result
-    or, when that is older, its newest checkpoint. On a GPU in bf16, on the CPU in fp32; spread as
-    in load_transformer."""
+    or, when that is older, its newest checkpoint. On a GPU in bf16, on the CPU in fp32."""
     folder = Path(folder)
     weights = newest_student(folder)
     finished = weights.name == "student"
-    config = CachedSD3.load_config(preset.source, subfolder="transformer")
     span = f = None
-    if spread and not is_main():
-        return empty_transformer(config), None, None
     with loading("the student", folder):
         if finished:
             student = load_part(CachedSD3, weights, None, torch.float32)
         else:
-            student = CachedSD3.from_config(config)
+            student = CachedSD3.from_config(
+                CachedSD3.load_config(preset.source, subfolder="transformer"))
             student.load_state_dict(merge_lora(load_file(weights / "student.safetensors")))
         if settings.get("cached_blocks", "none") != "none":
             span = parse_span(settings["cached_blocks"], len(student.transformer_blocks))

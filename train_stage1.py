@@ -272,13 +272,12 @@ def main(argv):
     # ------------------------------------------------------------- three networks, one base
     preset = download(preset)                                   # now a folder on this disk
     prompts = Prompts(preset, texts, device, [run.folder])      # frees the text encoders again
-    # place() moves a network to its device; several processes share it in pieces (spread: the main
-    # one alone reads the weights). frozen_on: it never learns, so on a GPU bf16 is enough. compiled
-    # is False on a CPU (model.can_compile).
+    # place() moves a network to its device; several processes share it in pieces. frozen_on: it
+    # never learns, so on a GPU bf16 is enough. compiled is False on a CPU (model.can_compile).
     compiled = not settings.no_compile
-    teacher = place(load_transformer(preset, frozen_on=device, spread=True), device, compiled)
-    student = place(load_transformer(preset, spread=True), device, compiled)
-    fake_score = place(load_transformer(preset, spread=True), device, compiled)
+    teacher = place(load_transformer(preset, frozen_on=device), device, compiled)
+    student = place(load_transformer(preset), device, compiled)
+    fake_score = place(load_transformer(preset), device, compiled)
     teacher.requires_grad_(False)
     decode = Decoder(preset, device)                            # for the sample grids only
     if settings.gradient_checkpointing:

@@ -309,7 +309,7 @@ def main(argv):
     discriminator = Discriminator(preset, settings.seed).to(device)
     prompts = Prompts(preset, texts, device, [run.folder, settings.init])   # frees the encoders
     # On the CPU first: place() moves it, when it has its LoRA.
-    student, _, _ = load_student(settings.init, stage1, preset, torch.device("cpu"), spread=True)
+    student, _, _ = load_student(settings.init, stage1, preset, torch.device("cpu"))
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
     if span and not settings.no_compensation:
