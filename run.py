@@ -451,16 +451,14 @@ class Run:
     """A run folder: open it, restore() once, then log() and checkpoint() from the loop, finish().
     All processes call every method; the main one writes.
 
-    settings is a dict of plain values. The processes find each other here. UserError, before
-    anything is written, for a folder that holds a run with other settings (unless overwrite is
-    set), and for one that is no run folder.
+    settings is a dict of plain values. The processes find each other here. done: the result is
+    there already. UserError, before anything is written, for a folder that holds a run with other
+    settings (unless overwrite is set), and for one that is no run folder.
     """
 
     def __init__(self, folder, settings, device, overwrite=False):
         join_processes(device)
-        self.folder, self.settings = Path(folder), settings
-        self.stop = False
-        self.result = 0                                   # iterations of what lies in student/
+        self.folder, self.settings, self.stop = Path(folder), settings, False
         saved = self.folder / "settings.json"
         if os.path.lexists(folder) and not self.folder.is_dir():
             raise UserError(f"{folder} is a file, or a link to nothing; give --out a folder")
@@ -469,22 +467,20 @@ class Run:
         files = [path for path in self.folder.glob("*") if not path.name.startswith(".")]
         if files and not before.keys() >= {"finished", "versions"}:
             raise UserError(f"{folder} exists and is not a run folder; give --out another name")
-        # A run without checkpoint, references or result may begin with other settings.
-        begun = checkpoints(folder) or (self.folder / "references.safetensors").exists()
-        if saved.exists() and (begun or (self.folder / "student").exists()) and not overwrite:
-            differing = [f"{key} was {before.get(key)}, is {value}"
-                         for key, value in settings.items()
-                         if key not in MAY_CHANGE and before.get(key) != value]
-            if differing:
-                raise UserError(f"{folder} holds a run with other settings "
-                                f"({'; '.join(differing)}); give another --out, or --overwrite to "
-                                "start again")
-            self.result = before["finished"]
-            newest = newest_iteration(folder)
-            if newest > max(settings["iterations"], self.result):
-                raise UserError(f"{folder} is at iteration {newest} already; give more "
-                                "--iterations")
+        if overwrite:
+            before = {}
+        self.result = before.get("finished", 0)           # iterations of what lies in student/
+        differing = [f"{key} was {before.get(key)}, is {value}" for key, value in settings.items()
+                     if before and key not in MAY_CHANGE and before.get(key) != value]
+        if differing:
+            raise UserError(f"{folder} holds a run with other settings ({'; '.join(differing)}); "
+                            "give another --out, or --overwrite to start again")
+        newest = newest_iteration(folder)
+        if before and newest > max(settings["iterations"], self.result):
+            raise UserError(f"{folder} is at iteration {newest} already; give more --iterations")
         self.done = 0 < settings["iterations"] <= self.result
+        if self.done:
+            print(f"{folder} is finished; more --iterations continue it, --overwrite starts again")
         barrier()                                         # all have looked before one writes
         if is_main() and overwrite:
             # One rename, so that no rest of the old run can pass for the new one's.
@@ -500,13 +496,6 @@ class Run:
             self._write_settings()
             (self.folder / "samples").mkdir(exist_ok=True)
         barrier()                                         # the others look after that
-
-    def is_finished(self):
-        """Whether the result is there already; says so."""
-        if self.done:
-            print(f"{self.folder} is finished; more --iterations continue it, --overwrite starts "
-                  "again")
-        return self.done
 
     def restore(self, networks, optimizers):
         """Puts the newest checkpoint into networks and optimisers, dicts of names; returns its

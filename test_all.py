@@ -1209,13 +1209,6 @@ def test_a_run_with_other_settings_is_refused_and_left_as_it_was(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_run_that_never_began_takes_other_settings(finished, no_pictures, tmp_path):
-    """Its first start failed, say for want of a licence. Catches a folder that is refused then."""
-    shutil.copy(finished / "settings.json", tmp_path)
-    train_stage1.main([*SMALL, "--iterations", "1", "--alpha", "0.9", "--out", str(tmp_path)])
-    assert run.read_settings(tmp_path)["alpha"] == 0.9
-
-
 def test_a_damaged_checkpoint_is_named(finished, no_pictures, tmp_path, capsys):
     """Catches a traceback, and a run that begins anew without a word."""
     out = shutil.copytree(finished, tmp_path / "run")

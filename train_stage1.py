@@ -266,7 +266,7 @@ def main(argv):
         return
     run = Run(settings.out, {"stage": 1, **vars(settings), "latent_shape": shape}, device,
               settings.overwrite)
-    if run.is_finished():
+    if run.done:
         return
 
     # ------------------------------------------------------------- three networks, one base

@@ -299,7 +299,7 @@ def main(argv):
     run = Run(settings.out, {"stage": 2, **vars(settings), "latent_shape": shape, "steps": steps,
                              "alpha": stage1["alpha"], "guidance": stage1["guidance"]}, device,
               settings.overwrite)
-    if run.is_finished():
+    if run.done:
         return
 
     # ------------------------------------------------------------- student, f, discriminator
