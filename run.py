@@ -544,10 +544,6 @@ class Run:
         return tqdm(range(start, total), initial=start, total=total, desc=what,
                     disable=not is_main())
 
-    def save(self, name, tensors):
-        """Writes NAME.safetensors into the run folder."""
-        save_tensors(self.folder / f"{name}.safetensors", tensors)
-
     def log(self, iteration, **values):
         """Averages the values over the processes and appends one line to metrics.jsonl. What is not
         finite becomes null: JSON has no NaN. On a GPU the peak of allocated memory joins them."""

@@ -33,7 +33,7 @@ import time
 from pathlib import Path
 
 from run import (CommonSettings, Run, UserError, adamw, clip_and_step, command, gather, is_main,
-                 micro_batches, my_rows, option, parse_settings, read_settings, rng)
+                 micro_batches, my_rows, option, parse_settings, read_settings, rng, save_tensors)
 
 import torch
 from safetensors.torch import load_file
@@ -184,7 +184,7 @@ def find_references(run, settings, preset, stage1, prompts, reference_prompts, d
     else:
         pictures = gather(make_references(settings, preset, stage1, prompts, reference_prompts,
                                           decode))
-    run.save("references", {"pictures": pictures})
+    save_tensors(file, {"pictures": pictures})
     return pictures
 
 
@@ -418,7 +418,7 @@ def main(argv):
 
     # ------------------------------------------------------------- the result
     if f is not None:
-        run.save("compensation", f.state_dict())
+        save_tensors(run.folder / "compensation.safetensors", f.state_dict())
     save_transformer(student, run.folder / "student", half=not preset.is_tiny)
     evaluations = nfe(steps, span, len(student.transformer_blocks))
     run.finish()
