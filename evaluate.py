@@ -177,47 +177,36 @@ def estimate(name, values):
     return {name: values.mean().item(), f"{name}_interval": interval}
 
 
-class Measured:
-    """What a meter finds in the pictures of one row: by_prompt {name: [P]}, features [P, n, F].
+def look(groups, texts, meter):
+    """What a meter finds in the pictures of a row, {measure: [P]} and features [P, n, F]; and the
+    pictures to be shown, four each of at most four prompts, [16, 3, H, W].
 
     groups yields the pictures [n, 3, H, W] of each prompt in turn, so they need not fit in memory.
-    Four pictures each of at most four prompts are kept to be shown: a list of [4, 3, H, W].
     """
-
-    def __init__(self, groups, texts, meter):
-        answers, self.shown = [], []
-        show = torch.linspace(0, len(texts) - 1, min(4, len(texts))).long()
-        with torch.inference_mode():
-            for c, (pictures, text) in enumerate(zip(groups, texts, strict=True)):
-                answers.append(meter(pictures, text))
-                if c in show:
-                    self.shown.append(pictures[:4])
-        # Double precision: the distance is a small difference of large traces.
-        self.features = torch.stack([features for _, features in answers]).double()   # P×n×F
-        self.by_prompt = {}
-        for name in answers[0][0]:
-            self.by_prompt[name] = torch.tensor([float(values[name]) for values, _ in answers])
-        # Diversity: how far a picture lies from the n − 1 others of its prompt, on average.
-        n = self.features.shape[1]
-        distances = [torch.cdist(f, f).sum() / (n * (n - 1)) for f in self.features]
-        self.by_prompt["diversity"] = torch.stack(distances)              # P
-
-    def columns(self, teacher, data):
-        """The measured columns of the table; teacher and data are Measured, or None. A measure that
-        does not apply is None."""
-        columns = dict.fromkeys(MEASURES)
-        for name, values in self.by_prompt.items():
-            columns |= estimate(name, values)
-        for name, other in (("frechet_to_teacher", teacher), ("frechet_to_data", data)):
-            if other is not None and other is not self:   # no distance of the teacher from itself
-                columns[name] = frechet(self.features, other.features).item()
-        return columns
+    answers, shown = [], []
+    show = torch.linspace(0, len(texts) - 1, min(4, len(texts))).long()
+    with torch.inference_mode():
+        for c, (pictures, text) in enumerate(zip(groups, texts, strict=True)):
+            answers.append(meter(pictures, text))
+            if c in show:
+                shown.append(pictures[:4])
+    # Double precision: the Fréchet distance is a small difference of large traces.
+    features = torch.stack([features for _, features in answers]).double()        # P×n×F
+    by_prompt = {}
+    for name in answers[0][0]:
+        by_prompt[name] = torch.tensor([float(values[name]) for values, _ in answers])
+    # Diversity: how far a picture lies from the n − 1 others of its prompt, on average.
+    n = features.shape[1]
+    distances = [torch.cdist(f, f).sum() / (n * (n - 1)) for f in features]
+    by_prompt["diversity"] = torch.stack(distances)                       # P
+    return by_prompt, features, torch.cat(shown)
 
 
 # ================================================================== rows
 
 class Rows:
-    """The rows of the table so far, {column: value}, and what the meter found in each.
+    """The rows of the table so far, {column: value}, None where a column does not apply. Beside
+    each its features [P, n, F] and the pictures to be shown.
 
     In every row but the data's picture j shows prompt j // n and starts from noise j of --seed. So
     two rows differ by what made them and not by luck.
@@ -229,18 +218,29 @@ class Rows:
         self.n = settings.samples_per_prompt
         self.prompts = Prompts(preset, texts, device)     # before the networks: frees its encoders
         self.decode = Decoder(preset, device)
-        self.rows, self.measured = [], []
+        self.rows, self.features, self.shown = [], [], []
 
-    def add(self, name, recipe, evaluations, sample):
-        """Makes one row. recipe tells how its pictures are made; evaluations, how many a picture
-        takes, by blocks and by FLOPs; sample(noise, prompt) returns latents [B, C, H, W]."""
+    def add(self, name, recipe, groups):
+        """Makes one row of its pictures, as look() takes them. recipe tells how they are made."""
+        groups = tqdm(groups, name, len(self.texts), leave=False)
+        by_prompt, features, shown = look(groups, self.texts, self.meter)
+        row = dict.fromkeys(COLUMNS) | {"name": name, "recipe": recipe, "steps": None}
+        row["by_prompt"] = {}                             # for tools/claims.py, which resamples it
+        for column, values in by_prompt.items():
+            row |= estimate(column, values)
+            row["by_prompt"][column] = [round(v, 6) for v in values.tolist()]
+        self.rows.append(row)
+        self.features.append(features)
+        self.shown.append(shown)
+
+    def add_sampled(self, name, recipe, evaluations, sample):
+        """A row of sample(noise, prompt), which returns latents [B, C, H, W]. evaluations: how many
+        a picture takes, by blocks and by FLOPs."""
         seconds = []
-        groups = tqdm(self.groups(sample, seconds), name, len(self.texts), leave=False)
-        self.measured.append(Measured(groups, self.texts, self.meter))
+        self.add(name, recipe, self.groups(sample, seconds))
         blocks, flops = evaluations
-        self.rows.append({"name": name, "recipe": recipe, "steps": recipe["steps"],
-                          "nfe_blocks": blocks, "nfe_flops": flops,
-                          "seconds_per_image": sum(seconds) / (self.n * len(self.texts))})
+        self.rows[-1] |= {"steps": recipe["steps"], "nfe_blocks": blocks, "nfe_flops": flops,
+                          "seconds_per_image": sum(seconds) / (self.n * len(self.texts))}
 
     def groups(self, sample, seconds):
         """Yields the pictures [n, 3, H, W] of each prompt; adds to `seconds` what they took."""
@@ -258,20 +258,18 @@ class Rows:
                 waiting = waiting[self.n:]
 
     def add_data(self):
-        """The miniature's own pictures of the captions, freshly drawn. Returns their Measured."""
+        """The miniature's own pictures of the captions, freshly drawn. Returns their features."""
         # What would a perfect model get? Not the world's own entropy: with only n samples a caption
         # the measured one is lower. This row is the mark to compare with.
         captions = torch.tensor([CAPTIONS.index(text) for text in self.texts])
         captions = captions.repeat_interleave(self.n)                     # P·n
         pictures = draw(*sample_labels(len(captions), rng(self.settings.seed, "data"), captions))
-        self.measured.append(Measured(pictures.split(self.n), self.texts, self.meter))
-        self.rows.append({"name": "data", "recipe": {}, "steps": None, "nfe_blocks": None,
-                          "nfe_flops": None, "seconds_per_image": None})
-        return self.measured[-1]
+        self.add("data", {}, pictures.split(self.n))
+        return self.features[-1]
 
     def add_teacher(self, w, alpha, steps):
-        """The teacher's rows; w and steps are the first run's. Returns the Measured of the first
-        row, to which Fréchet distances are taken."""
+        """The teacher's rows; w and steps are the first run's. Returns the features of the
+        first row, to which Fréchet distances are taken."""
         stock, own = teacher_sigmas(self.preset), sigma_grid(steps)
         # First the teacher that Stage I learns from.
         paths = [(f"teacher, w = {w:g} for sigma <= {alpha:g}", stock, w, alpha)]
@@ -291,8 +289,8 @@ class Rows:
             passes = len(guided) + int(guided.sum())
             recipe = {"steps": len(guided), "guidance": guidance, "alpha": row_alpha, "span": None,
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
-            self.add(name, recipe, (passes, passes), sample)
-        return self.measured[-len(paths)]
+            self.add_sampled(name, recipe, (passes, passes), sample)
+        return self.features[-len(paths)]
 
     def add_run(self, folder, run, stage2_span):
         """A run's rows, one for each of its paths. stage2_span, of a Stage I run: the span, such as
@@ -313,33 +311,27 @@ class Rows:
                       "sigmas": [round(s, 6) for s in sigmas.tolist()]}
             for key in ("stage", "finished", "steps", "guidance", "alpha"):
                 recipe[key] = run[key]
-            count = count_nfe(self.preset, row_span, run["steps"], self.shape)
-            without_f = row_f is None or row_f is NOTHING
-            flops = count["flops" if without_f else "flops_with_f"]
-            self.add(folder.name + suffix, recipe, (count["blocks"], flops), sample)
+            evaluations = count_nfe(self.preset, row_span, run["steps"], self.shape,
+                                    with_f=row_f not in (None, NOTHING))
+            self.add_sampled(folder.name + suffix, recipe, evaluations, sample)
 
 
-def count_nfe(preset, span, steps=2, shape=None):
-    """{"blocks", "flops", "flops_with_f"}: network evaluations of a student with span (n, m) or
-    None, counted by blocks, by FLOPs, and by FLOPs with f. One evaluation is one full forward, of
-    latents of this shape [C, H, W] (default: the model's own)."""
+def count_nfe(preset, span, steps, shape, with_f):
+    """Network evaluations of a student with span (n, m) or None, (by blocks, by FLOPs). One
+    evaluation is one full forward, of latents of this shape [C, H, W]."""
     if not span:
-        return {"blocks": float(steps), "flops": float(steps), "flops_with_f": float(steps)}
+        return float(steps), float(steps)
     # The paper counts blocks. Blocks are not all of a pass (embedding, projection), not all alike
     # (SD3.5-Medium has two kinds), and f is not free: so FLOPs are counted, too.
     config, _ = check_base(preset, offline=True)
     net = empty_transformer(config)
     with torch.device("meta"):
-        f = make_compensation(net.inner_dim)
-    shape = shape or (config["in_channels"], config["sample_size"], config["sample_size"])
-    # A step that records, one that reuses Δ0 as it is, one with f.
+        f = make_compensation(net.inner_dim) if with_f else None
+    # A step that records, and one that reuses Δ0.
     full, delta = forward_flops(net, shape, preset.tokens, span=span)
-    plain, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta)
-    with_f, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta, f=f)
+    cached, _ = forward_flops(net, shape, preset.tokens, span=span, delta=delta, f=f)
     # Step one is one evaluation. Each later step counts as its share of a full one.
-    return {"blocks": nfe(steps, span, config["num_layers"]),
-            "flops": 1 + (steps - 1) * plain / full,
-            "flops_with_f": 1 + (steps - 1) * with_f / full}
+    return nfe(steps, span, config["num_layers"]), 1 + (steps - 1) * cached / full
 
 
 def run_paths(stage, span, f):
@@ -385,11 +377,10 @@ def table(rows):
     return "\n".join(lines)
 
 
-def save_grid(path, rows, measured):
-    """The picture: of each row, with its name, the first four pictures of four prompts. A column
-    shows one prompt, from one start noise."""
-    pictures = torch.cat([torch.cat(row.shown) for row in measured])      # rows·columns × 3×H×W
-    columns = len(pictures) // len(rows)
+def save_grid(path, rows, shown):
+    """The picture: of each row, with its name, the pictures to be shown, [columns, 3, H, W]. A
+    column shows one prompt, from one start noise."""
+    pictures, columns = torch.cat(shown), len(shown[0])
     if pictures.shape[-1] > 256:
         pictures = torch.nn.functional.interpolate(pictures, (256, 256), mode="area")
     save_pictures(pictures, path, columns)
@@ -465,18 +456,17 @@ def main(argv):
             spans.setdefault(Path(run["init"]).name, run["cached_blocks"])
     for folder, run in runs.items():
         sampled.add_run(folder, run, spans.get(folder.name))
-    rows, measured = sampled.rows, sampled.measured
+    rows = sampled.rows
     baseline = None                                       # seconds of the paper's baseline, 28 × 2
     for row in rows:                                      # with --teacher all
         if row["nfe_blocks"] == 2 * TEACHER_STEPS:
             baseline = baseline or row["seconds_per_image"]
-    for row, found in zip(rows, measured, strict=True):
-        row |= found.columns(teacher, data)
-        row["by_prompt"] = {}                             # for tools/claims.py, which resamples it
-        for name, values in found.by_prompt.items():
-            row["by_prompt"][name] = [round(v, 6) for v in values.tolist()]
-        seconds = row["seconds_per_image"]
-        row["speedup"] = baseline / seconds if baseline and seconds else None
+    for row, features in zip(rows, sampled.features, strict=True):
+        for column, other in (("frechet_to_teacher", teacher), ("frechet_to_data", data)):
+            if other is not None and other is not features:       # none of a row from itself
+                row[column] = frechet(features, other).item()
+        if baseline and row["seconds_per_image"]:
+            row["speedup"] = baseline / row["seconds_per_image"]
 
     # ------------------------------------------------------------- the result
     markdown = table(rows)
@@ -484,7 +474,7 @@ def main(argv):
     write_json(out / "results.json", {"protocol": protocol, "rows": rows,
                                       "missing": meter.missing})
     write_text(out / "table.md", markdown + "\n")
-    save_grid(out / "grid.png", rows, measured)
+    save_grid(out / "grid.png", rows, sampled.shown)
     print(markdown)
     for name, reason in meter.missing.items():
         print(f"{name}: not measured, {reason}")

@@ -1019,14 +1019,12 @@ def test_measures_are_taken_prompt_by_prompt():
     pictures of all prompts, and a pair of a picture with itself."""
     pictures = torch.rand(3, 4, 3, 8, 8, generator=seeded())              # P×n×3×H×W
     meter = lambda pictures, text: ({"right": pictures.mean()}, pictures[:, 0, 0, :2])
-    row = evaluate.Measured(pictures, CAPTIONS[:3], meter)
+    found, features, shown = evaluate.look(pictures, CAPTIONS[:3], meter)
     first = pictures[0, :, 0, 0, :2]
     pairs = [(first[i] - first[j]).norm() for i, j in itertools.combinations(range(4), 2)]
-    assert row.by_prompt["diversity"][0].item() == pytest.approx(sum(pairs).item() / 6, rel=1e-4)
-    assert torch.allclose(row.by_prompt["right"], pictures.flatten(1).mean(1))
-    columns = row.columns(teacher=row, data=evaluate.Measured(pictures, CAPTIONS[:3], meter))
-    assert columns["frechet_to_teacher"] is None and columns["scene_entropy"] is None
-    assert columns["frechet_to_data"] == pytest.approx(0, abs=1e-6)
+    assert found["diversity"][0].item() == pytest.approx(sum(pairs).item() / 6, rel=1e-4)
+    assert torch.allclose(found["right"], pictures.flatten(1).mean(1))
+    assert features.shape == (3, 4, 2) and shown.equal(pictures.flatten(0, 1))
 
 
 @pytest.mark.slow
@@ -1045,6 +1043,8 @@ def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, t
     assert counts[1:3] == [51, 2] and counts[5] == pytest.approx(5 / 3) and counts[6] == 2
     assert rows["finished2"]["nfe_flops"] > counts[5]
     assert rows["data"]["right"] == 1 and rows["data"]["frechet_to_data"] is None
+    teacher = rows["teacher, w = 4 for sigma <= 0.94"]
+    assert teacher["frechet_to_teacher"] is None and teacher["clip_score"] is None
     assert counts[0] is None and rows["data"]["seconds_per_image"] is None
     assert rows["finished"]["seconds_per_image"] > 0 and len(
         rows["finished"]["by_prompt"]["right"]) == 24

@@ -97,23 +97,23 @@ def main(argv):
     device = pick_device(preset, settings.device)
     config, _ = check_base(preset, offline=True)          # the count needs no download
     span = parse_span(settings.cached_blocks or preset.cached_blocks, config["num_layers"])
-    count = count_nfe(preset, span)
-    print(f"network evaluations of {preset.name}, span {span[0]}-{span[1]}: "
-          f"{count['blocks']:.3f} by blocks, {count['flops']:.3f} by FLOPs, "
-          f"{count['flops_with_f']:.3f} with f")
+    shape = config["in_channels"], config["sample_size"], config["sample_size"]
+    ideal, flops = count_nfe(preset, span, 2, shape, with_f=False)
+    _, flops_with_f = count_nfe(preset, span, 2, shape, with_f=True)
+    print(f"network evaluations of {preset.name}, span {span[0]}-{span[1]}: {ideal:.3f} by blocks, "
+          f"{flops:.3f} by FLOPs, {flops_with_f:.3f} with f")
 
     preset = download(preset)
     net = place(load_transformer(preset, frozen_on=device), device, settings.compile)
-    dtype, side = net.dtype, config["sample_size"]
+    dtype = net.dtype
     f = make_compensation(net.inner_dim).to(device, dtype)            # untrained: as slow
     # Nobody looks at these pictures, so the prompt is noise: no text encoder is needed.
-    x = torch.randn(1, config["in_channels"], side, side, device=device)
+    x = torch.randn(1, *shape, device=device)
     embeds = torch.randn(1, preset.tokens, config["joint_attention_dim"], device=device)
     pooled = torch.randn(1, config["pooled_projection_dim"], device=device)
-    print(f"{dtype}, {device}, latents {side}×{side}, {preset.tokens} text tokens, "
+    print(f"{dtype}, {device}, latents {shape[1]}×{shape[2]}, {preset.tokens} text tokens, "
           f"medians of {settings.rounds} alternated rounds, {versions()}")
     t = time_transformer(net, x, (embeds, pooled), span, f, settings.rounds)
-    ideal = count["blocks"]                               # network evaluations of the cached path
     # Of the teacher one step is timed: its 28 are alike.
     rows = {"one full forward": t["one"],
             "28×2 (28 × a batch of two)": TEACHER_STEPS * t["guided"],
