@@ -397,8 +397,9 @@ def prepare(settings, tiny, sd3, stage):
     texts = choose_prompts(preset, settings.prompts, None, settings.pool, settings.seed)
     config, factor = check_base(preset, offline=settings.dry_run)
     settings.no_compile |= not can_compile(preset, device)
-    if not settings.dry_run and not is_here(preset.discriminator):
-        print(f"Stage II and the evaluation will need more than is here:\n{whereabouts(preset)}")
+    networks = whereabouts(preset)
+    if "not there" in networks and not settings.dry_run:  # cost() says it in a dry run
+        print(f"Both stages and the evaluation need:\n{networks}")
     return preset, device, texts, config, factor
 
 
@@ -539,18 +540,6 @@ def download(preset):
     return dataclasses.replace(preset, source=str(folder))
 
 
-def download_command(source):
-    """The command that fetches a repository of the hub."""
-    revision = f" --revision {BACKBONE_REVISION}" if source == BACKBONE else ""
-    return f"hf download {source}{revision}"
-
-
-def is_here(source):
-    """Whether a folder, or a repository of the hub, is on this disk."""
-    cached = "models--" + source.replace("/", "--")
-    return Path(source).is_dir() or Path(constants.HF_HUB_CACHE, cached).is_dir()
-
-
 def whereabouts(preset):
     """Lines that say of each network that both stages and the evaluation need whether it is on this
     disk, or how to fetch it before hours are spent."""
@@ -559,7 +548,11 @@ def whereabouts(preset):
         sources += [CLIP, PICKSCORE, PICKSCORE_PROCESSOR, DINO]
     lines = []
     for source in sources:
-        where = "there" if is_here(source) else f"not there: {download_command(source)}"
+        cached = Path(constants.HF_HUB_CACHE, "models--" + source.replace("/", "--"))
+        revision = f" --revision {BACKBONE_REVISION}" if source == BACKBONE else ""
+        where = f"not there: hf download {source}{revision}"
+        if Path(source).is_dir() or cached.is_dir():
+            where = "there"
         lines.append(f"{source}: {where}")
     return "\n".join(lines)
 
