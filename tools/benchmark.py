@@ -3,10 +3,10 @@
     python -m tools.benchmark
     python -m tools.benchmark --model models/random-sd3-medium     # of tools/random_model.py
 
-First the evaluations of the model's span, counted; then the transformer alone, as forwards of 28×2,
-two and 1.67 steps against one full forward; then whole pictures of the stock pipeline. The paths
-are timed alternately, and medians count. All is in bf16 on a GPU, else in fp32.
-The ideal is the count by blocks, without f: the ratio to it is what f costs.
+First the evaluations of the model's span, counted; then the seconds of the transformer alone, and
+those of whole pictures in the stock pipeline. The paths are timed alternately, and medians count.
+All is in bf16 on a GPU, else in fp32. What f costs: 1.67 steps against the count by blocks, which
+leaves f out, times one forward.
 
 Dimension key: C latent channels, H W latent size; one picture at a time.
 """
@@ -51,23 +51,27 @@ def alternate(paths, rounds, device):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# ================================================================== the transformer alone
+def show(what, times):
+    """Prints seconds, and how many times as long the teacher takes."""
+    print(f"{what:27}  seconds   28×2 over it")
+    for name, seconds in times.items():
+        print(f"{name:27}{seconds:9.4f}{times['28×2'] / seconds:14.1f}×")
+
 
 @torch.inference_mode()
 def time_transformer(net, x, prompt, span, f, rounds):
-    """Median seconds of one forward, a guided one, two steps and 1.67 at latents x [1, C, H, W]."""
+    """Median seconds of the transformer alone at latents x [1, C, H, W]."""
     # A guided step is two evaluations. As one batch of two it may cost less than two calls.
     x_twice = torch.cat([x, x])                                           # 2×C×H×W
     prompt_twice = [torch.cat([part, part]) for part in prompt]           # embeds, pooled
     sigmas = sigma_grid(2)                                                # 1, 0.75, 0
-    paths = {"one": lambda: velocity(net, x, 0.75, prompt),
-             "guided": lambda: velocity(net, x_twice, 0.75, prompt_twice),
-             "2": lambda: roll_out(net, x, prompt, sigmas),
-             "1.67": lambda: roll_out(net, x, prompt, sigmas, span, f)}
-    return alternate(paths, rounds, x.device)
+    times = alternate({"28×2": lambda: velocity(net, x_twice, 0.75, prompt_twice),
+                       "two steps": lambda: roll_out(net, x, prompt, sigmas),
+                       "1.67 steps": lambda: roll_out(net, x, prompt, sigmas, span, f),
+                       "one forward": lambda: velocity(net, x, 0.75, prompt)}, rounds, x.device)
+    times["28×2"] *= TEACHER_STEPS                        # one was timed: they are alike
+    return times
 
-
-# ================================================================== whole images
 
 @torch.inference_mode()
 def time_pipeline(pipe, preset, span, f, rounds):
@@ -113,25 +117,15 @@ def main(argv):
     pooled = torch.randn(1, config["pooled_projection_dim"], device=device)
     print(f"{dtype}, {device}, latents {shape[1]}×{shape[2]}, {preset.tokens} text tokens, "
           f"medians of {settings.rounds} alternated rounds, {versions()}")
-    t = time_transformer(net, x, (embeds, pooled), span, f, settings.rounds)
-    # Of the teacher one step is timed: its 28 are alike.
-    rows = {"one full forward": t["one"],
-            "28×2 (28 × a batch of two)": TEACHER_STEPS * t["guided"],
-            "two steps": t["2"],
-            f"{ideal:.3f} steps, f": t["1.67"]}
-    print("transformer alone           seconds   in full forwards   over 1.67 steps")
-    for name, seconds in rows.items():
-        print(f"{name:27}{seconds:9.4f}{seconds / t['one']:17.3f}{seconds / t['1.67']:17.2f}×")
-    print(f"{ideal:.3f} steps against the ideal {ideal:.3f} × one full forward: "
-          f"{t['1.67'] / ideal / t['one']:.4f}")
+    times = time_transformer(net, x, (embeds, pooled), span, f, settings.rounds)
+    show("transformer alone", times)
+    print(f"1.67 steps over {ideal:.3f} × one forward: "
+          f"{times['1.67 steps'] / ideal / times['one forward']:.4f}")
 
     del net                                               # a stock pipeline takes a stock network
     pipe = load_pipeline(preset, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
-    t = time_pipeline(pipe, preset, span, f, settings.rounds)
-    print("stock pipeline              seconds   28×2 over it")
-    for name, seconds in t.items():
-        print(f"{name:27}{seconds:9.4f}{t['28×2'] / seconds:14.1f}×")
+    show("stock pipeline", time_pipeline(pipe, preset, span, f, settings.rounds))
 
 
 if __name__ == "__main__":
