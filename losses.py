@@ -27,7 +27,7 @@ With the paper in hand, find here what computes it, and the test in test_all.py 
                                  train_stage1.student_turn          turn_of_stage_one
       "add noise to t"           renoise                            renoising
       "function-c"               importance_curve                   importance
-                                 draw_sigma                         share_of_draws
+                                 draw_sigma                         importance
       L_dmd                      dmd_loss                           score_difference
     overview figure, Stage II    train_stage2.discriminator_turn    discriminator_turn
                                  train_stage2.generator_turn        generator_turn
@@ -36,7 +36,7 @@ With the paper in hand, find here what computes it, and the test in test_all.py 
       reuse error                tools/find_span.py                 (tools/test_tools.py)
     Table 1, NFE                 cache.nfe                          papers_numbers
     official processor.py        sampler.sigma_grid                 sigma_grid
-                                 step_end, renoise_window           compared_between
+                                 step_end, renoise_window           own_window
     official train_stage1.py     fake_score_loss                    fake_score_loss
                                  dmd_loss_official                  turn_of_stage_one
     official train_stage2.py     train_stage2.turn_of               turns_are

@@ -41,7 +41,7 @@ EXERCISES = (
              ("guidance_is_on",)),
     Exercise("a level within its window", "losses.py", ("draw_sigma",),
              "Mask the grid, sum up the weights, find where random·total falls.",
-             ("importance_curves_have_the_released", "share_of_draws")),
+             ("importance_curves_have_the_released",)),
     Exercise("the distribution matching loss", "losses.py", ("dmd_loss",),
              "A loss with a given gradient: half the squared distance to a target held fixed.",
              ("students_gradient_is", "losses_stay_finite")),
