@@ -10,7 +10,6 @@ computed a second time here, in plain tensor code written from the documented fo
 gradients are compared with those that the script really produces ("is its formulas").
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -525,44 +524,30 @@ def step(net, x, sigma, prompt, **cached):
                encoder_hidden_states=prompt[0], pooled_projections=prompt[1], **cached)
 
 
-class StandIn(torch.nn.Module):
-    """One block in the place of a span: adds a residual to each stream."""
-
-    def __init__(self, image, text):
-        super().__init__()
-        self.image, self.text = image, text
-
-    def forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
-        text = encoder_hidden_states + self.text.to(encoder_hidden_states.dtype)
-        return text, hidden_states + self.image.to(hidden_states.dtype)
-
-
-@contextlib.contextmanager
-def stand_in(net, span, image, text):
-    """Inside the `with` the network has a StandIn where its span was."""
-    blocks = net.transformer_blocks
-    kept = [*blocks[:span[0]], StandIn(image, text), *blocks[span[1] + 1:]]
-    net.transformer_blocks = torch.nn.ModuleList(kept)
-    yield
-    net.transformer_blocks = blocks
-
-
-def stock_residual(net, span, x, sigma, prompt):
-    """(velocity, (image, text) residual of the span) by diffusers' forward and two hooks."""
+def stock_step(net, x, sigma, prompt, span, added=None):
+    """(velocity, (image, text) residual of the span) by diffusers' forward, hooks and its
+    skip_layers: in full or, with a residual `added` to each stream, with that in the span's place.
+    """
+    first, after = span[0], span[1] + 1
     seen = {}
 
-    def before(block, args, kwargs):
-        seen["in"] = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
-
-    def after(block, args, output):
-        seen["out"] = output
-    hooks = [net.transformer_blocks[span[0]].register_forward_pre_hook(before, with_kwargs=True),
-             net.transformer_blocks[span[1]].register_forward_hook(after)]
-    v = ask(net, x, sigma, prompt)
+    def before_block(block, args, inputs):
+        seen[block] = inputs["hidden_states"], inputs["encoder_hidden_states"]
+        if added and block is net.transformer_blocks[after]:
+            image, text = seen[block]
+            inputs["hidden_states"] = image + added[0].to(image.dtype)
+            inputs["encoder_hidden_states"] = text + added[1].to(text.dtype)
+        return args, inputs
+    hooks = [net.transformer_blocks[i].register_forward_pre_hook(before_block, with_kwargs=True)
+             for i in (first, after)]
+    v = ask(net, x, sigma, prompt, skip_layers=range(first, after) if added else None)
     for hook in hooks:
         hook.remove()
-    text, image = seen["out"]                             # a block returns the text first
-    return v, ((image - seen["in"][0]).detach(), (text - seen["in"][1]).detach())
+    if added:
+        return v, added
+    image_in, text_in = seen[net.transformer_blocks[first]]
+    image, text = seen[net.transformer_blocks[after]]
+    return v, ((image - image_in).detach(), (text - text_in).detach())
 
 
 BOTH = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -581,7 +566,7 @@ def test_the_forward_written_out_is_the_stock_one_bit_for_bit(kind, bf16):
         x, prompt = inputs(net)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if how == "stock":
-                v, stock_delta = stock_residual(net, (1, 2), x, 0.75, prompt)
+                v, stock_delta = stock_step(net, x, 0.75, prompt, (1, 2))
             else:
                 v, delta = step(net, x, 0.75, prompt, span=(1, 2) if how == "recording" else None)
         v.square().mean().backward()
@@ -594,7 +579,7 @@ def test_the_forward_written_out_is_the_stock_one_bit_for_bit(kind, bf16):
 
 @KINDS
 @BOTH
-def test_a_cached_step_is_the_stock_forward_with_one_block_in_the_spans_place(kind, bf16):
+def test_a_cached_step_is_the_stock_forward_with_f_in_the_spans_place(kind, bf16):
     """O_m,1 = I_n,1 + f(Δ0), forward and backward. Catches f on the wrong stream, a span one block
     off, and an input of the span that step one left behind."""
     found, span = [], (1, 2)
@@ -606,10 +591,9 @@ def test_a_cached_step_is_the_stock_forward_with_one_block_in_the_spans_place(ki
                 _, delta = step(net, x, 1.0, prompt, span=span)
                 v, _ = step(net, x_later, 0.75, prompt, span=span, delta=delta, f=f)
             else:
-                _, (image, text) = stock_residual(net, span, x, 1.0, prompt)
-                image, text = f["image"](image), f["text"](text)
-                with stand_in(net, span, image, text):
-                    v = ask(net, x_later, 0.75, prompt)
+                _, (image, text) = stock_step(net, x, 1.0, prompt, span)
+                added = f["image"](image), f["text"](text)
+                v, _ = stock_step(net, x_later, 0.75, prompt, span, added)
         v.square().mean().backward()
         found.append((v, gradients(net), gradients(f)))
     assert torch.equal(found[0][0], found[1][0]), "the velocity (in bf16: cast f(Δ0), then add)"
@@ -813,20 +797,15 @@ def test_references_are_the_alpha_guided_teachers_pictures(stage2, prompts, deco
 
 def cached_path(turn, noise, prompt):
     """(network, f, the student's sample at σ = 0) of a turn of Stage II: step one in full without
-    gradient, step two with a StandIn where blocks 1 to 4 were."""
+    gradient, step two with f(Δ0) in the place of blocks 1 to 4."""
     net = stock_net(turn["weights"]["student"])
     f = make_compensation(128)
     f.load_state_dict(turn["weights"]["compensation"])
     with torch.no_grad():
-        v, (image, text) = stock_residual(net, (1, 4), noise, 1.0, prompt)
+        v, (image, text) = stock_step(net, noise, 1.0, prompt, (1, 4))
         x = noise - 0.25 * v                              # from σ = 1 to 0.75
-    added = []
-    for layer, delta in ((f["image"], image), (f["text"], text)):
-        normed = torch.nn.functional.layer_norm(delta, (128,), layer.norm.weight, layer.norm.bias)
-        hidden = torch.nn.functional.gelu(normed @ layer.up.weight.T + layer.up.bias)
-        added.append(delta + hidden @ layer.down.weight.T + layer.down.bias)
-    with stand_in(net, (1, 4), *added):
-        v = ask(net, x, 0.75, prompt)
+    added = f["image"](image), f["text"](text)            # test_f_is_its_formula
+    v, _ = stock_step(net, x, 0.75, prompt, (1, 4), added)
     return net, f, x - 0.75 * v                           # from 0.75 to 0
 
 
