@@ -10,7 +10,6 @@ computed a second time here, in plain tensor code written from the documented fo
 gradients are compared with those that the script really produces ("is its formulas").
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -121,13 +120,18 @@ def leave_out_pictures(patch):
 def record(script, argv):
     """Runs script.main(argv) and returns its updates in order. Each is a dict:
 
+    draws      what draw_batch gave
     learners   {network: (rate, betas, weight decay)} of those whose optimisers take the step
     limit      largest gradient norm allowed
     weights    {network: its state before the step}
     gradients  {network: {name: tensor}} as the backward pass left them
     """
-    updates, nets, optims = [], {}, {}
-    restore, step = script.Run.restore, script.clip_and_step
+    updates, drawn, nets, optims = [], [], {}, {}
+    draw, restore, step = script.draw_batch, script.Run.restore, script.clip_and_step
+
+    def spy_on_draws(*arguments):
+        drawn.append(draw(*arguments))
+        return drawn[-1]
 
     def spy_on_restore(self, networks, optimizers):
         nets.update(networks)
@@ -135,7 +139,8 @@ def record(script, argv):
         return restore(self, networks, optimizers)
 
     def spy_on_step(optimizers, limit=math.inf):
-        update = {"learners": {}, "limit": limit, "weights": {}, "gradients": {}}
+        update = {"draws": drawn[-1], "learners": {}, "limit": limit, "weights": {},
+                  "gradients": {}}
         for name, net in nets.items():
             update["weights"][name] = {k: v.clone() for k, v in net.state_dict().items()}
             update["gradients"][name] = {k: v.clone() for k, v in gradients(net).items()}
@@ -147,6 +152,7 @@ def record(script, argv):
         return step(optimizers, limit)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "draw_batch", spy_on_draws)
         patch.setattr(script.Run, "restore", spy_on_restore)
         patch.setattr(script, "clip_and_step", spy_on_step)
         patch.setattr(train_stage2, "D_ONLY", 0)
@@ -731,36 +737,21 @@ def test_turns_are_the_official_ones():
 # Turns G (warm-up), D, D, G, D. Large rates, so that all networks move visibly.
 PINNED2 = [*STAGE2, "--iterations", "5", "--student-lr", "1e-3", "--compensation-lr", "5e-3",
            "--discriminator-lr", "1e-2", *SAVING, "2"]
-
-
 BETAS2 = (0.9, 0.95)
-
-
-@dataclasses.dataclass
-class StageTwo:
-    """A recorded run of Stage II and what its draws are made from."""
-    folder: Path
-    turns: list
-    settings: train_stage2.Settings
-    reference_prompts: torch.Tensor                       # R
-
-    def batch(self, i):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_stage2, "D_ONLY", 0)
-            return train_stage2.draw_batch(i, self.settings, self.reference_prompts, CAPTIONS)
-
-    def noise(self, numbers):
-        return sampler.image_noise(self.settings.seed, numbers, SHAPE, "training")
+REFERENCE_PROMPTS = torch.randint(24, (8,), generator=run.rng(3407, "references"))
 
 
 @pytest.fixture(scope="session")
-def stage2(finished, finished2):
-    argv = [*PINNED2, "--init", str(finished), "--references-from", str(finished2)]
+def turns2(finished, finished2):
+    """The five turns of a run that takes the references of another one; "logged" is its line."""
     folder = finished2.parent / "turns2"
-    turns = record(train_stage2, [*argv, "--out", str(folder)])
-    settings, _ = settings_of(train_stage2, argv)
-    drawn = torch.randint(24, (8,), generator=run.rng(settings.seed, "references"))
-    return StageTwo(folder, turns, settings, drawn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_stage2, "make_references", lambda *a: pytest.fail("made again"))
+        turns = record(train_stage2, [*PINNED2, "--init", str(finished), "--references-from",
+                                      str(finished2), "--out", str(folder)])
+    for turn, line in zip(turns, metrics(folder), strict=True):
+        turn["logged"] = line
+    return turns
 
 
 @pytest.fixture(scope="session")
@@ -775,13 +766,13 @@ def decode():
     return decode
 
 
-def test_references_are_the_alpha_guided_teachers_pictures(stage2, prompts, decode):
+def test_references_are_the_alpha_guided_teachers_pictures(finished2, prompts, decode):
     """The same prompts and noises as D's turns take, 28 steps, eight bits. Catches another guidance
     rule than Stage I's, and a reference of another noise."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(TINY.source, subfolder="scheduler")
     scheduler.set_timesteps(28)
-    net, x = stock_net(), stage2.noise(range(8))
-    prompt, empty = prompts.take(stage2.reference_prompts), prompts.uncond(8)
+    net, x = stock_net(), sampler.image_noise(3407, range(8), SHAPE, "training")
+    prompt, empty = prompts.take(REFERENCE_PROMPTS), prompts.uncond(8)
     with torch.no_grad():
         for sigma, sigma_next in itertools.pairwise(scheduler.sigmas):
             v = ask(net, x, sigma, prompt)
@@ -790,14 +781,16 @@ def test_references_are_the_alpha_guided_teachers_pictures(stage2, prompts, deco
                 v = v_uncond + 4 * (v - v_uncond)
             x = x + (sigma_next - sigma) * v
         expected = 255 * decode(x).clamp(0, 1)
-    kept = references_of(stage2.folder)
+    kept = references_of(finished2)
     assert kept.dtype == torch.uint8 and kept.shape == (8, 3, 32, 32)
     assert (kept - expected).abs().max() < 0.6, "more than rounding"
 
 
-def cached_path(turn, noise, prompt):
+def cached_path(turn, prompts):
     """(network, f, the student's sample at σ = 0) of a turn of Stage II: step one in full without
     gradient, step two with f(Δ0) in the place of blocks 1 to 4."""
+    prompt = prompts.take(turn["draws"]["prompt_index"])
+    noise = sampler.image_noise(3407, turn["draws"]["noise_index"], SHAPE, "training")
     net = stock_net(turn["weights"]["student"])
     f = make_compensation(128)
     f.load_state_dict(turn["weights"]["compensation"])
@@ -815,72 +808,51 @@ def cross_entropy(logits, label):
     return sum((-label * log(x) - (1 - label) * log(-x)).mean() for x in logits)
 
 
-def judge(turn, seed):
+def judge(turn):
     """The discriminator of a turn. In eval mode: its spectral norms have taken the turn's step."""
-    discriminator = model.Discriminator(TINY, seed)
+    discriminator = model.Discriminator(TINY)
     discriminator.heads.load_state_dict(turn["weights"]["discriminator"])
     return discriminator.eval()
 
 
 @pytest.mark.parametrize("i", [1, 2, 4])
-def test_each_discriminator_turn_is_its_formulas(i, stage2, prompts, decode):
+def test_each_discriminator_turn_is_its_formulas(i, turns2, finished2, prompts, decode):
     """The student's picture as inference makes it, against the reference of the same noise. Catches
     a last step run in full, swapped labels, and a pair that is none."""
-    turn, batch = stage2.turns[i], stage2.batch(i)
-    references = references_of(stage2.folder)
+    turn = turns2[i]
     with torch.no_grad():
-        prompt = prompts.take(stage2.reference_prompts[batch["noise_index"]])
-        _, _, sample = cached_path(turn, stage2.noise(batch["noise_index"]), prompt)
-        picture = decode(sample)
-    discriminator = judge(turn, stage2.settings.seed)
-    of_reference = discriminator(references[batch["noise_index"]] / 255)
+        picture = decode(cached_path(turn, prompts)[2])
+    discriminator = judge(turn)
+    of_reference = discriminator(references_of(finished2)[turn["draws"]["noise_index"]] / 255)
     of_picture = discriminator(picture)
     loss = cross_entropy(of_reference, 0.8) + cross_entropy(of_picture, 0.0)
     loss.backward()
     ranks = [(r > p).float().mean() for r, p in zip(of_reference, of_picture, strict=True)]
-    logged = metrics(stage2.folder)[i]
-    assert logged["loss_d"] == pytest.approx(loss.item(), rel=1e-3)
-    assert logged["d_ranks"] == pytest.approx(sum(ranks).item() / len(ranks), abs=2e-3)
+    assert turn["logged"]["loss_d"] == pytest.approx(loss.item(), rel=1e-3)
+    assert turn["logged"]["d_ranks"] == pytest.approx(sum(ranks).item() / len(ranks), abs=2e-3)
     assert turn["learners"] == {"discriminator": (1e-2, BETAS2, 1e-4)}
     assert turn["limit"] == math.inf
     assert_close(turn["gradients"]["discriminator"], gradients(discriminator.heads))
     assert not turn["gradients"]["student"] and not turn["gradients"]["compensation"]
 
 
-@pytest.mark.parametrize("i", [0, 3])
-def test_each_generator_turn_is_its_formulas(i, stage2, prompts, decode):
-    """The adversarial loss alone, through the VAE and the cached step, into student and f. Catches
-    a label of 0, a gradient through step one, f on the wrong stream, a turn that begins with the
-    gradient of the one before."""
-    turn, batch = stage2.turns[i], stage2.batch(i)
-    net, f, sample = cached_path(turn, stage2.noise(batch["noise_index"]),
-                                 prompts.take(batch["prompt_index"]))
-    cross_entropy(judge(turn, stage2.settings.seed)(decode(sample)), 0.8).backward()
+@pytest.mark.parametrize("i, who", [(0, ["compensation"]), (3, ["student", "compensation"])])
+def test_each_generator_turn_is_its_formulas(i, who, turns2, prompts, decode):
+    """The adversarial loss alone, through the VAE and the cached step, into student and f; in the
+    warm-up f alone takes the step. Catches a label of 0, a gradient through step one, f on the
+    wrong stream, a turn that begins with the gradient of the one before, and a student bent by an f
+    that is still plain reuse."""
+    turn = turns2[i]
+    net, f, sample = cached_path(turn, prompts)
+    cross_entropy(judge(turn)(decode(sample)), 0.8).backward()
+    rates = {"student": (1e-3, BETAS2, 1e-4), "compensation": (5e-3, BETAS2, 1e-4)}
+    assert turn["learners"] == {name: rates[name] for name in who}
     assert turn["limit"] == 2.0
     # Rounding may take a unit of the backbone across a kink: with two threads 2.5e-3.
     assert_close(turn["gradients"]["student"], gradients(net), 1e-2)
     assert_close(turn["gradients"]["compensation"], gradients(f), 1e-2)
     reached = {name.split(".")[1] for name in gradients(net) if "transformer_blocks" in name}
     assert not reached & set("1234") and len(reached) == 8, "skipped blocks get no gradient"
-
-
-def moved(one, other):
-    """The networks whose parameters differ between two turns. (The vectors that spectral norms keep
-    are no parameters.)"""
-    return {name for name in one["weights"] for key in one["weights"][name]
-            if not key.endswith(("._u", "._v"))
-            and not torch.equal(one["weights"][name][key], other["weights"][name][key])}
-
-
-def test_the_warm_up_moves_f_alone_and_then_student_and_f(stage2):
-    """Weights before and after each turn. Catches a student bent by an f that is still plain reuse,
-    weight decay included, and heads that G's turn trains."""
-    both = {"student": (1e-3, BETAS2, 1e-4), "compensation": (5e-3, BETAS2, 1e-4)}
-    learners = [turn["learners"] for turn in stage2.turns]
-    assert learners[0] == {"compensation": both["compensation"]} and learners[3] == both
-    assert all(list(learners[i]) == ["discriminator"] for i in (1, 2, 4))
-    for (one, other), who in zip(itertools.pairwise(stage2.turns), learners, strict=False):
-        assert moved(one, other) == set(who)
 
 
 def test_the_values_of_both_stages_are_the_documented_ones():
@@ -922,21 +894,23 @@ def test_the_discriminator_is_its_formula():
     assert len(maps) == 3 and not any(p.requires_grad for p in discriminator.backbone.parameters())
 
 
-def test_the_generator_never_meets_the_noise_of_a_reference(stage2):
+def test_the_generator_never_meets_the_noise_of_a_reference(turns2, finished, monkeypatch):
     """D's turns take numbers below R, with the reference's prompt; G's turns fresh ones, each once.
-    Catches a student and an f that learn R pairs by heart."""
+    Catches a student and an f that learn R pairs by heart, and two turns that draw alike."""
+    monkeypatch.setattr(train_stage2, "D_ONLY", 0)
+    settings, _ = settings_of(train_stage2, [*PINNED2, "--init", str(finished)])
     fresh = []
     for i in range(300):
-        batch = stage2.batch(i)
+        draws = train_stage2.draw_batch(i, settings, REFERENCE_PROMPTS, CAPTIONS)
+        assert i >= 5 or same(draws, turns2[i]["draws"]), "the loop draws as it should"
         if i % 3:
-            assert (batch["noise_index"] < 8).all()
-            prompt_index = stage2.reference_prompts[batch["noise_index"]]
-            assert torch.equal(batch["prompt_index"], prompt_index)
+            assert (draws["noise_index"] < 8).all()
+            assert draws["prompt_index"].equal(REFERENCE_PROMPTS[draws["noise_index"]])
         else:
-            fresh += batch["noise_index"].tolist()
+            fresh += draws["noise_index"].tolist()
     assert min(fresh) >= 8 and len(set(fresh)) == len(fresh) == 400
-    for i, j, name in ((1, 2, "noise_index"), (1, 2, "prompt_index"), (0, 3, "prompt_index")):
-        assert not torch.equal(stage2.batch(i)[name], stage2.batch(j)[name]), "two turns draw alike"
+    for i, j, name in ((1, 2, "noise_index"), (0, 3, "prompt_index")):
+        assert not turns2[i]["draws"][name].equal(turns2[j]["draws"][name]), name
 
 
 # ================================================================== the evaluation
