@@ -18,6 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # Numbers are compared bit for bit, and processes find each other by gloo: all tests run on the CPU.
@@ -27,6 +28,7 @@ import run
 import torch
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                        StableDiffusion3Pipeline)
+from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
@@ -939,10 +941,13 @@ def test_measures_are_taken_prompt_by_prompt():
 
 
 @pytest.mark.slow
-def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, tmp_path, capsys):
-    """Two runs, the teacher and the data. Catches a row without its baseline, network evaluations
-    of another span, seconds of nobody, and the teacher compared with itself."""
-    evaluate.main(["--checkpoint", str(finished), str(finished2), "--samples-per-prompt", "2",
+def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, tmp_path,
+                                                          monkeypatch, capsys):
+    """Two runs, the teacher and the data. Catches a row without its baseline or its name, network
+    evaluations of another span, seconds of nobody, the teacher compared with itself, and what to
+    expect of another protocol."""
+    monkeypatch.chdir(finished)
+    evaluate.main(["--checkpoint", ".", str(finished2), "--samples-per-prompt", "2",
                    "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "results.json").read_text()
     result = json.loads(text, parse_constant=pytest.fail)                 # no NaN
@@ -969,16 +974,9 @@ def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, t
     _, (one, two) = evaluate.TinyMeter(TINY)(shown, CAPTIONS[0])
     distance = (one - two).norm().item()
     assert rows["finished"]["by_prompt"]["diversity"][0] == pytest.approx(distance, rel=1e-3)
-    assert (tmp_path / "out" / "grid.png").exists() and "| finished2 |" in capsys.readouterr().out
-
-
-def test_the_default_evaluation_says_what_to_expect():
-    """Catches the reference of another protocol."""
-    argv = ["--samples-per-prompt", "32", "--batch-size", "128"]
-    settings = run.parse_settings(evaluate.Settings, argv, "", "")
-    assert len(evaluate.expected(settings)) == 2
-    settings.seed = 2
-    assert evaluate.expected(settings) == []
+    printed = capsys.readouterr().out
+    assert "| finished2 |" in printed and "eight training seeds" not in printed
+    assert (tmp_path / "out" / "grid.png").exists()
 
 
 def test_the_exact_reader_reads_what_was_drawn():
@@ -1022,16 +1020,16 @@ def refused(main, argv, capsys):
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(stage, finished, finished2, no_pictures,
                                                           monkeypatch, capsys):
     """Stage II between two turns of D. Catches randomness that is not from (seed, iteration), any
-    state that a checkpoint forgets, a result that is not the last iteration's, and a finished run
-    that is not left alone."""
+    state that a checkpoint forgets, a result that is not the last iteration's, a finished run that
+    is not left alone, and one that refuses to save memory in another way."""
     monkeypatch.setattr(train_stage2, "D_ONLY", 0)
-    script, words, whole, numbers = train_stage1, SMALL, finished, ("1", "2", "2")
+    script, words, whole, first, last = train_stage1, SMALL, finished, "1", "2"
     if stage == 2:
-        script, whole, numbers = train_stage2, finished2, ("2", "5", "5")
+        script, whole, first, last = train_stage2, finished2, "2", "5"
         words = [*STAGE2, "--init", str(finished)]
     out = whole.parent / f"resumed{stage}"
-    for number in numbers:
-        script.main([*words, "--iterations", number, "--out", str(out)])
+    for more in ([first], [last], [last, "--accumulation", "2"]):         # another machine's
+        script.main([*words, "--out", str(out), "--iterations", *more])
     text = capsys.readouterr().out
     assert "resuming" in text and "is finished" in text
     assert_same_run(out, whole)
@@ -1063,37 +1061,24 @@ def test_too_little_memory_is_one_line(capsys):
     assert stop.value.code == 1 and "a larger --accumulation" in line and "9 GiB" in line
 
 
-def test_a_link_and_a_relative_path_are_the_folder_they_lead_to(finished, no_pictures, tmp_path,
-                                                                monkeypatch):
-    """--overwrite on a link to another disk, and the folder one stands in. Catches a link that is
-    replaced by a folder, and a row without a name."""
-    shutil.copytree(finished, tmp_path / "disk")
-    (tmp_path / "run").symlink_to(tmp_path / "disk")
-    train_stage1.main([*SMALL, "--iterations", "1", "--seed", "5", "--overwrite",
-                       "--out", str(tmp_path / "run")])
-    assert (tmp_path / "run").is_symlink()
-    assert run.read_settings(tmp_path / "disk")["seed"] == 5
-    assert len(metrics(tmp_path / "disk")) == 1
-    monkeypatch.chdir(finished)
-    settings = run.parse_settings(evaluate.Settings, ["--checkpoint", "."], "", "")
-    folder, = evaluate.resolve(settings)[2]
-    assert folder.name == "finished"
-
-
-def test_the_log_tells_what_the_reader_finds_in_the_sample_grid(finished2):
-    """Catches a grid that nobody reads, and captions that are not its rows'."""
+def test_the_sample_grid_is_the_samplers_and_the_log_tells_what_the_reader_finds_in_it(finished2,
+                                                                                      tmp_path):
+    """Catches a grid of another path or other noises, one that nobody reads, and captions that are
+    not its rows'."""
+    grid, file, out = finished2 / "samples" / "step_000005.png", tmp_path / "f", tmp_path / "g.png"
+    rows = torch.randperm(24, generator=run.rng(0, "gallery"))[:8]
+    file.write_text("\n".join(CAPTIONS[row] for row in rows))
+    sampler.main(["--checkpoint", str(finished2), "--prompts", str(file), "--num-images", "8",
+                  "--batch-size", "8", "--out", str(out)])
+    assert out.read_bytes() == grid.read_bytes()
+    # A picture of 32 pixels is shown enlarged to 96; each has a border of 2.
+    sheet = torch.from_numpy(np.array(Image.open(grid)))[::3, ::3] / 255
+    pictures = sheet.reshape(8, 34, 8, 34, 3)[:, :32, :, :32].permute(0, 2, 4, 1, 3).flatten(0, 1)
+    found = evaluate.measure(pictures, rows.repeat_interleave(8))
     last = json.loads((finished2 / "metrics.jsonl").read_text().splitlines()[-1])
-    student, span, f = model.load_student(finished2, run.read_settings(finished2), TINY, CPU)
-    grid = sampler.Gallery(TINY, model.Prompts(TINY, CAPTIONS, CPU))
-    noise = sampler.image_noise(42, range(8), SHAPE)
-    prompt = grid.prompts.take([grid.rows[0]] * 8)
-    with torch.no_grad():
-        latents, _, _ = sampler.roll_out(student, noise, prompt, sampler.sigma_grid(2), span, f)
-        first = model.Decoder(TINY, CPU)(latents[-1])
-    found = evaluate.measure(first, torch.full((8,), grid.rows[0]))       # one of its eight rows
-    assert last["right"] * 8 >= found["right"].mean() - 1e-6
-    assert 0 < last["scene_entropy_8"] * 8 >= found["scene_entropy"].sum() - 1e-5
-    assert last["right"] * 64 == pytest.approx(round(last["right"] * 64), abs=1e-4)
+    # Eight bits may take a picture to another reading.
+    assert last["right"] == pytest.approx(found["right"].mean().item(), abs=0.05)
+    assert last["scene_entropy_8"] == pytest.approx(found["scene_entropy"].mean().item(), abs=0.1)
 
 
 def test_a_checkpoint_is_used_while_it_is_newer_than_the_result(finished, tmp_path):
@@ -1131,7 +1116,8 @@ def test_a_damaged_checkpoint_is_named(finished, no_pictures, tmp_path, capsys):
 
 def test_nothing_of_the_users_is_deleted_without_overwrite(finished, no_pictures, tmp_path, capsys):
     """A folder of somebody else's is refused, also with --overwrite; a run is replaced with it
-    alone, and the prompts of another file are not taken for its own."""
+    alone, also behind a link to another disk, and the prompts of another file are not taken for its
+    own. Catches a link that is replaced by a folder."""
     own = tmp_path / "thesis"
     own.mkdir()
     (own / "chapter1.txt").write_text("years of work")
@@ -1140,15 +1126,17 @@ def test_nothing_of_the_users_is_deleted_without_overwrite(finished, no_pictures
         line = refused(train_stage1.main, argv, capsys)
         assert "is not a run folder" in line and (own / "chapter1.txt").exists()
         (own / "settings.json").write_text('{"stage": 1}')        # an editor's own
-    prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts, out, disk = tmp_path / "prompts.txt", tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    out.symlink_to(disk)
     prompts.write_text("a red circle\na blue cross\n")
     argv = [*SMALL, "--iterations", "1", "--prompts", str(prompts), "--out", str(out)]
     train_stage1.main(argv)
     prompts.write_text("a red circle\na blue square\n")
     assert "other prompts" in refused(train_stage1.main, [*argv, "--iterations", "2"], capsys)
     train_stage1.main([*argv, "--overwrite", "--alpha", "0.5"])
-    assert run.read_settings(out)["alpha"] == 0.5 and len(run.checkpoints(out)) == 1
-    assert len(metrics(out)) == 1
+    assert out.is_symlink() and run.read_settings(disk)["alpha"] == 0.5
+    assert len(run.checkpoints(disk)) == len(metrics(disk)) == 1
 
 
 def test_a_gradient_that_is_not_finite_moves_no_weight_and_stops_the_run(
@@ -1209,9 +1197,7 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("script, argv, words", [
-    (train_stage1, ["--alpha", "1.1"], "must lie between 0 and 1, not 1.1"),
     (train_stage1, ["--student-lr", "nan"], "must lie between 0 and 1, not nan"),
-    (train_stage1, ["--steps", "two"], "invalid int value: 'two'"),
     (train_stage1, ["--form", "x1"], "invalid choice: 'x1'"),
     (train_stage1, ["--alfa", "1"], "unrecognized arguments: --alfa"),
     (train_stage1, ["--model", "sd3-big"], "there is no model sd3-big"),
@@ -1232,16 +1218,18 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
      "holds no references"),
     (sampler, ["--out", "picture.jpg"], "ends in .png"),
     (sampler, ["--checkpoint", "tiny", "--out", "x.png"], "settings.json is missing"),
+    (sampler, ["--checkpoint", "OLD", "--out", "x.png"], "lacks cached_blocks"),
     (evaluate, ["--model", "sd3-medium", "--checkpoint", "FINISHED"], "real models need"),
 ])
 def test_a_mistake_is_one_line_before_anything_is_written(
         script, argv, words, finished, finished2, tmp_path, monkeypatch, capsys):
     """Catches a traceback, and a refusal after the weights were loaded."""
-    empty = tmp_path / "empty"                            # a run that was stopped at once
-    empty.mkdir()
-    shutil.copy(finished / "settings.json", empty)
-    known = {"FINISHED": str(finished), "FINISHED2": str(finished2), "EMPTY": str(empty)}
-    argv = [known.get(word, word) for word in argv]
+    settings = run.read_json(finished / "settings.json")
+    known = {"FINISHED": finished, "FINISHED2": finished2, "EMPTY": tmp_path / "empty",
+             "OLD": tmp_path / "old"}
+    run.write_json(known["EMPTY"] / "settings.json", settings)            # stopped at once
+    run.write_json(known["OLD"] / "settings.json", settings | {"stage": 2})     # lacks Stage II's
+    argv = [str(known.get(word, word)) for word in argv]
     for name in ("load_part", "encode_prompts"):
         monkeypatch.setattr(model, name, lambda *a, **k: pytest.fail("weights were loaded"))
     if "--out" not in argv:
@@ -1252,8 +1240,8 @@ def test_a_mistake_is_one_line_before_anything_is_written(
 
 def test_a_dry_run_tells_what_it_costs_and_writes_nothing(finished2, tmp_path, monkeypatch, capsys):
     """SD3-Medium without a download, as it fits 80 GB: in parts of 16, checkpointed; and a folder,
-    by its configs. Catches a plan that needs gated weights, or a Stage I run that is not there yet.
-    """
+    by its configs. Of 8 processes each has an eighth of the batch already. Catches a plan that
+    needs gated weights, or a Stage I run that is not there yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("asked the network"))
     train_stage1.main(["--model", "sd3-medium", "--dry-run"])
@@ -1265,18 +1253,9 @@ def test_a_dry_run_tells_what_it_costs_and_writes_nothing(finished2, tmp_path, m
     train_stage1.main(["--model", TINY.source, "--dry-run"])
     train_stage2.main(["--references", "8", "--references-from", str(finished2), "--dry-run"])
     assert capsys.readouterr().out.count("billion parameters") == 2
-    assert not list(tmp_path.iterdir())
-
-
-def test_how_memory_is_saved_belongs_to_the_machine(finished, tmp_path, monkeypatch, capsys):
-    """Of 8 processes each has an eighth of the batch already, and a run may go on with other parts.
-    Catches a run of one GPU that several refuse to continue."""
-    settings = run.read_settings(finished)
-    shutil.copytree(finished, tmp_path / "run")
-    run.Run(tmp_path / "run", settings | {"accumulation": 2, "gradient_checkpointing": True}, CPU)
     monkeypatch.setenv("WORLD_SIZE", "8")
     train_stage1.main(["--model", "sd3-medium", "--dry-run"])
-    train_stage2.main(["--model", "sd3-medium", "--dry-run"])
-    assert re.findall("accumulation +(.*)", capsys.readouterr().out) == ["1", "1"]
+    assert re.findall("accumulation +(.*)", capsys.readouterr().out) == ["1"]
     argv = ["--model", "sd3-medium", "--references", "9"]
     assert "is not a multiple of 8 processes" in refused(train_stage2.main, argv, capsys)
+    assert not list(tmp_path.iterdir())

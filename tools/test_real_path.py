@@ -290,16 +290,6 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_is_written(harm, wo
     assert words in refused(train_stage1.main, argv, capsys) and not out.exists()
 
 
-def test_a_run_of_another_version_is_refused(real, tmp_path, capsys):
-    """Catches a KeyError."""
-    run_folder = shutil.copytree(real.stage2, tmp_path / "run")
-    settings = run.read_settings(run_folder)
-    del settings["cached_blocks"]
-    run.write_json(run_folder / "settings.json", settings)
-    argv = ["--checkpoint", str(run_folder), "--out", str(tmp_path / "x.png")]
-    assert "lacks cached_blocks" in refused(sampler.main, argv, capsys)
-
-
 def test_missing_metric_networks_are_named_by_their_options(real, tmp_path, monkeypatch, capsys):
     """Catches a message that says the network is missing and not that a folder would do."""
     monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", True)
