@@ -57,11 +57,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def weights(folder):
-    """The student of a finished run, {name: tensor}."""
-    return load_file(folder / "student" / "diffusion_pytorch_model.safetensors")
-
-
 def metrics(folder):
     """The lines of a run's metrics.jsonl without the seconds, which no two runs share, and what was
     read in its pictures, which most tests leave out. NaN, which strict JSON has not, is refused."""
@@ -1034,7 +1029,8 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(stage, finished, finis
     assert "resuming" in text and "is finished" in text
     assert_same_run(out, whole)
     newest, = run.checkpoints(out)                        # the others went
-    assert same(weights(out), load_file(newest / "student.safetensors"))
+    student = load_file(out / "student" / "diffusion_pytorch_model.safetensors")
+    assert same(student, load_file(newest / "student.safetensors"))
     if stage == 2:
         f = load_file(out / "compensation.safetensors")
         assert same(f, load_file(newest / "compensation.safetensors"))
@@ -1214,6 +1210,8 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     (train_stage2, ["--init", "FINISHED", "--reference", "FINISHED"], "needs more steps"),
     (train_stage2, ["--init", "FINISHED", "--references-from", "FINISHED2", "--seed", "5"],
      "has another seed: 3407, not 5"),
+    (train_stage2, ["--init", "FINISHED", "--references-from", "FINISHED2", "--pool", "3"],
+     "has another pool: 24, not 3"),
     (train_stage2, ["--init", "FINISHED", "--references-from", "tiny/student"],
      "holds no references"),
     (sampler, ["--out", "picture.jpg"], "ends in .png"),
