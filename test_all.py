@@ -46,9 +46,14 @@ from tiny.world import CAPTIONS, draw, sample_labels, templates
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
 TINY = model.PRESETS["tiny"]
 SHAPE = (4, 8, 8)                                         # of the miniature's latents
-SMALL = ["--batch-size", "4", "--log-every", "1", "--sample-every", "2", "--checkpoint-every", "1"]
-STAGE2 = ["--batch-size", "4", "--references", "8", "--log-every", "1", "--checkpoint-every", "2",
-          "--sample-every", "100", "--warmup", "0"]
+# Large rates, so that all networks move visibly and are different ones after an iteration.
+STAGE1 = ["--batch-size", "8", "--student-lr", "1e-3", "--fake-lr", "2e-3", "--log-every", "1",
+          "--sample-every", "2", "--checkpoint-every", "1"]
+# What must change no gradient: the batch in parts, blocks that run again in backward.
+SAVING = ["--gradient-checkpointing", "--accumulation"]
+STAGE2 = ["--batch-size", "4", "--references", "8", "--warmup", "0", "--student-lr", "1e-3",
+          "--compensation-lr", "5e-3", "--discriminator-lr", "1e-2", "--log-every", "1",
+          "--sample-every", "100", "--checkpoint-every", "2", *SAVING, "2"]
 
 
 # ================================================================== what many tests need
@@ -114,8 +119,15 @@ def leave_out_pictures(patch):
     patch.setattr(run, "draw_curves", lambda folder: None)
 
 
-def record(script, argv):
-    """Runs script.main(argv) and returns its updates in order. Each is a dict:
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """leave_out_pictures for one test."""
+    leave_out_pictures(monkeypatch)
+
+
+def record(script, argv, out):
+    """Runs script.main(argv) into the folder `out` and returns its updates in order. Each is a
+    dict:
 
     draws      what draw_batch gave
     learners   {network: (rate, betas, weight decay)} of those whose optimisers take the step
@@ -153,8 +165,7 @@ def record(script, argv):
         patch.setattr(script.Run, "restore", spy_on_restore)
         patch.setattr(script, "clip_and_step", spy_on_step)
         patch.setattr(train_stage2, "D_ONLY", 0)
-        leave_out_pictures(patch)
-        script.main(argv)
+        script.main([*argv, "--out", str(out)])
     return updates
 
 
@@ -196,24 +207,29 @@ def stock_latents(pipe, captions, noise, **arguments):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A Stage I run of two iterations, without its pictures."""
+def turns1(tmp_path_factory):
+    """(folder, its four updates) of a Stage I run: fake score, student, fake score, student."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_pictures(patch)
-        train_stage1.main([*SMALL, "--iterations", "2", "--out", str(out)])
-    return out
+    return out, record(train_stage1, [*STAGE1, "--iterations", "2"], out)
 
 
 @pytest.fixture(scope="session")
-def finished2(finished, tmp_path_factory):
-    """A Stage II run of turns G (f's warm-up), D, D, G, D (the D-only start left out)."""
-    out = tmp_path_factory.mktemp("runs") / "finished2"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_stage2, "D_ONLY", 0)
-        train_stage2.main([*STAGE2, "--init", str(finished), "--iterations", "5",
-                           "--out", str(out)])
-    return out
+def finished(turns1):
+    """The Stage I run's folder."""
+    return turns1[0]
+
+
+@pytest.fixture(scope="session")
+def turns2(finished):
+    """(folder, its five updates) of a Stage II run: G (f's warm-up), D, D, G, D."""
+    out = finished.parent / "finished2"
+    return out, record(train_stage2, [*STAGE2, "--iterations", "5", "--init", str(finished)], out)
+
+
+@pytest.fixture(scope="session")
+def finished2(turns2):
+    """The Stage II run's folder."""
+    return turns2[0]
 
 
 # ================================================================== conventions
@@ -351,9 +367,8 @@ def noised(p, end, sigma, noise):
     return shrink * p + (sigma ** 2 - (end * shrink) ** 2).sqrt() * noise
 
 
-# Large rates, so that student, fake score and teacher are three different networks in iteration 1.
-PINNED1 = ["--batch-size", "8", "--student-lr", "1e-3", "--fake-lr", "2e-3", "--iterations", "2"]
 BETAS1 = (0.0, 0.999)
+OTHER = ["--steps", "3", "--form", "x0", "--loss", "official", "--seed", "0", *SAVING, "4"]
 
 
 def settings_of(script, argv):
@@ -361,25 +376,13 @@ def settings_of(script, argv):
     return settings, script.resolve(settings)
 
 
-@pytest.fixture(scope="session")
-def turns1(tmp_path_factory):
-    """The four updates of two iterations: fake score, student, fake score, student."""
-    out = tmp_path_factory.mktemp("turns1") / "run"
-    return record(train_stage1, [*PINNED1, "--out", str(out)])
-
-
-# And what must change no gradient: the batch in parts, blocks that run again in backward.
-SAVING = ["--gradient-checkpointing", "--accumulation"]
-OTHER = ["--steps", "3", "--form", "x0", "--loss", "official", "--seed", "0", *SAVING, "4"]
-
-
 @pytest.mark.parametrize("options", [[], OTHER], ids=["default", "all else"])
-def test_each_turn_of_stage_one_is_its_formulas(options, turns1, prompts, tmp_path):
+def test_each_turn_of_stage_one_is_its_formulas(options, turns1, prompts, no_pictures, tmp_path):
     """Catches what no run shows: re-noising from another level, a fake score that aims at the
     intermediate sample, guidance on the wrong side of α, a flipped difference of scores, a path
     that is not the student's own."""
-    argv = [*PINNED1, *options]
-    turns = record(train_stage1, [*argv, "--out", str(tmp_path / "run")]) if options else turns1
+    argv = [*STAGE1, "--iterations", "2", *options]
+    turns = record(train_stage1, argv, tmp_path / "run") if options else turns1[1]
     fake_turn, student_turn = turns[2:]                   # of iteration 1
     settings, (_, _, texts, _, _) = settings_of(train_stage1, argv)
     N = settings.steps
@@ -717,24 +720,8 @@ def test_turns_are_the_official_ones():
     assert turns.count("generator") == 1317 and turns.count("discriminator") == 2683
 
 
-# Turns G (warm-up), D, D, G, D. Large rates, so that all networks move visibly.
-PINNED2 = [*STAGE2, "--iterations", "5", "--student-lr", "1e-3", "--compensation-lr", "5e-3",
-           "--discriminator-lr", "1e-2", *SAVING, "2"]
 BETAS2 = (0.9, 0.95)
 REFERENCE_PROMPTS = torch.randint(24, (8,), generator=run.rng(3407, "references"))
-
-
-@pytest.fixture(scope="session")
-def turns2(finished, finished2):
-    """The five turns of a run that takes the references of another one; "logged" is its line."""
-    folder = finished2.parent / "turns2"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_stage2, "make_references", lambda *a: pytest.fail("made again"))
-        turns = record(train_stage2, [*PINNED2, "--init", str(finished), "--references-from",
-                                      str(finished2), "--out", str(folder)])
-    for turn, line in zip(turns, metrics(folder), strict=True):
-        turn["logged"] = line
-    return turns
 
 
 @pytest.fixture(scope="session")
@@ -799,20 +786,21 @@ def judge(turn):
 
 
 @pytest.mark.parametrize("i", [1, 2, 4])
-def test_each_discriminator_turn_is_its_formulas(i, turns2, finished2, prompts, decode):
+def test_each_discriminator_turn_is_its_formulas(i, turns2, prompts, decode):
     """The student's picture as inference makes it, against the reference of the same noise. Catches
     a last step run in full, swapped labels, and a pair that is none."""
-    turn = turns2[i]
+    folder, turns = turns2
+    turn, logged = turns[i], metrics(folder)[i]
     with torch.no_grad():
         picture = decode(cached_path(turn, prompts)[2])
     discriminator = judge(turn)
-    of_reference = discriminator(references_of(finished2)[turn["draws"]["noise_index"]] / 255)
+    of_reference = discriminator(references_of(folder)[turn["draws"]["noise_index"]] / 255)
     of_picture = discriminator(picture)
     loss = cross_entropy(of_reference, 0.8) + cross_entropy(of_picture, 0.0)
     loss.backward()
     ranks = [(r > p).float().mean() for r, p in zip(of_reference, of_picture, strict=True)]
-    assert turn["logged"]["loss_d"] == pytest.approx(loss.item(), rel=1e-3)
-    assert turn["logged"]["d_ranks"] == pytest.approx(sum(ranks).item() / len(ranks), abs=2e-3)
+    assert logged["loss_d"] == pytest.approx(loss.item(), rel=1e-3)
+    assert logged["d_ranks"] == pytest.approx(sum(ranks).item() / len(ranks), abs=2e-3)
     assert turn["learners"] == {"discriminator": (1e-2, BETAS2, 1e-4)}
     assert turn["limit"] == math.inf
     assert_close(turn["gradients"]["discriminator"], gradients(discriminator.heads))
@@ -825,7 +813,7 @@ def test_each_generator_turn_is_its_formulas(i, who, turns2, prompts, decode):
     warm-up f alone takes the step. Catches a label of 0, a gradient through step one, f on the
     wrong stream, a turn that begins with the gradient of the one before, and a student bent by an f
     that is still plain reuse."""
-    turn = turns2[i]
+    turn = turns2[1][i]
     net, f, sample = cached_path(turn, prompts)
     cross_entropy(judge(turn)(decode(sample)), 0.8).backward()
     rates = {"student": (1e-3, BETAS2, 1e-4), "compensation": (5e-3, BETAS2, 1e-4)}
@@ -881,11 +869,11 @@ def test_the_generator_never_meets_the_noise_of_a_reference(turns2, finished, mo
     """D's turns take numbers below R, with the reference's prompt; G's turns fresh ones, each once.
     Catches a student and an f that learn R pairs by heart, and two turns that draw alike."""
     monkeypatch.setattr(train_stage2, "D_ONLY", 0)
-    settings, _ = settings_of(train_stage2, [*PINNED2, "--init", str(finished)])
-    fresh = []
+    settings, _ = settings_of(train_stage2, [*STAGE2, "--init", str(finished)])
+    (_, turns), fresh = turns2, []
     for i in range(300):
         draws = train_stage2.draw_batch(i, settings, REFERENCE_PROMPTS, CAPTIONS)
-        assert i >= 5 or same(draws, turns2[i]["draws"]), "the loop draws as it should"
+        assert i >= 5 or same(draws, turns[i]["draws"]), "the loop draws as it should"
         if i % 3:
             assert (draws["noise_index"] < 8).all()
             assert draws["prompt_index"].equal(REFERENCE_PROMPTS[draws["noise_index"]])
@@ -893,7 +881,7 @@ def test_the_generator_never_meets_the_noise_of_a_reference(turns2, finished, mo
             fresh += draws["noise_index"].tolist()
     assert min(fresh) >= 8 and len(set(fresh)) == len(fresh) == 400
     for i, j, name in ((1, 2, "noise_index"), (0, 3, "prompt_index")):
-        assert not turns2[i]["draws"][name].equal(turns2[j]["draws"][name]), name
+        assert not turns[i]["draws"][name].equal(turns[j]["draws"][name]), name
 
 
 # ================================================================== the evaluation
@@ -996,12 +984,6 @@ def test_the_exact_reader_reads_what_was_drawn():
 
 # ================================================================== runs
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """leave_out_pictures for one test."""
-    leave_out_pictures(monkeypatch)
-
-
 def refused(main, argv, capsys):
     """The one line with which a command is refused, exit code 2."""
     with pytest.raises(SystemExit) as stop:
@@ -1018,12 +1000,12 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(stage, finished, finis
     state that a checkpoint forgets, a result that is not the last iteration's, a finished run that
     is not left alone, and one that refuses to save memory in another way."""
     monkeypatch.setattr(train_stage2, "D_ONLY", 0)
-    script, words, whole, first, last = train_stage1, SMALL, finished, "1", "2"
+    script, words, whole, first, last = train_stage1, STAGE1, finished, "1", "2"
     if stage == 2:
         script, whole, first, last = train_stage2, finished2, "2", "5"
         words = [*STAGE2, "--init", str(finished)]
     out = whole.parent / f"resumed{stage}"
-    for more in ([first], [last], [last, "--accumulation", "2"]):         # another machine's
+    for more in ([first], [last], [last, "--accumulation", "1"]):         # another machine's
         script.main([*words, "--out", str(out), "--iterations", *more])
     text = capsys.readouterr().out
     assert "resuming" in text and "is finished" in text
@@ -1096,7 +1078,7 @@ def test_a_run_with_other_settings_is_refused_and_left_as_it_was(
         settings = run.read_json(out / "settings.json")
         run.write_json(out / "settings.json", settings | {"finished": 0})
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    argv = [*SMALL, "--iterations", "3", "--out", str(out), *argv]
+    argv = [*STAGE1, "--iterations", "3", "--out", str(out), *argv]
     assert words in refused(train_stage1.main, argv, capsys)
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -1106,7 +1088,7 @@ def test_a_damaged_checkpoint_is_named(finished, no_pictures, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "run")
     with open(run.checkpoints(out)[-1] / "student.safetensors", "r+b") as file:
         file.truncate(1000)
-    line = refused(train_stage1.main, [*SMALL, "--iterations", "3", "--out", str(out)], capsys)
+    line = refused(train_stage1.main, [*STAGE1, "--iterations", "3", "--out", str(out)], capsys)
     assert "checkpoint-000002 does not load" in line and "delete it to go on" in line
 
 
@@ -1118,7 +1100,7 @@ def test_nothing_of_the_users_is_deleted_without_overwrite(finished, no_pictures
     own.mkdir()
     (own / "chapter1.txt").write_text("years of work")
     for more in ([], ["--overwrite"], ["--seed", "1"]):
-        argv = [*SMALL, "--iterations", "1", "--out", str(own), *more]
+        argv = [*STAGE1, "--iterations", "1", "--out", str(own), *more]
         line = refused(train_stage1.main, argv, capsys)
         assert "is not a run folder" in line and (own / "chapter1.txt").exists()
         (own / "settings.json").write_text('{"stage": 1}')        # an editor's own
@@ -1126,7 +1108,7 @@ def test_nothing_of_the_users_is_deleted_without_overwrite(finished, no_pictures
     disk.mkdir()
     out.symlink_to(disk)
     prompts.write_text("a red circle\na blue cross\n")
-    argv = [*SMALL, "--iterations", "1", "--prompts", str(prompts), "--out", str(out)]
+    argv = [*STAGE1, "--iterations", "1", "--prompts", str(prompts), "--out", str(out)]
     train_stage1.main(argv)
     prompts.write_text("a red circle\na blue square\n")
     assert "other prompts" in refused(train_stage1.main, [*argv, "--iterations", "2"], capsys)
@@ -1144,7 +1126,7 @@ def test_a_gradient_that_is_not_finite_moves_no_weight_and_stops_the_run(
         return dmd_loss(p, p_teacher, p_fake) * next(factors)
     monkeypatch.setitem(train_stage1.LOSSES, "ours", loss)
     out = tmp_path / "run"
-    line = refused(train_stage1.main, [*SMALL, "--iterations", "9", "--out", str(out)], capsys)
+    line = refused(train_stage1.main, [*STAGE1, "--iterations", "9", "--out", str(out)], capsys)
     assert "a gradient is not finite" in line and not (out / "student").exists()
     saved, = run.checkpoints(out)
     assert saved.name == "checkpoint-000001" and len(metrics(out)) == 1
@@ -1173,7 +1155,7 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     ours to write: one line, exit code 1, the first checkpoint is whole, and the same command ends
     as the undisturbed run."""
     out, save = tmp_path / "run", run.save_file
-    argv = [*SMALL, "--iterations", "2", "--out", str(out)]
+    argv = [*STAGE1, "--iterations", "2", "--out", str(out)]
 
     def full(tensors, path, metadata=None):
         if "checkpoint-000002" in str(path) and "optimizer" in str(path):     # the networks fit

@@ -317,11 +317,15 @@ def test_lora_is_merged_into_a_stock_folder(real, tmp_path):
 
 @pytest.mark.parametrize("words, skipped", [
     (["--cached-blocks", "none"], set()), (["--no-compensation"], {"0", "1"})])
-def test_without_cache_or_without_f_the_student_learns_from_the_start(words, skipped, real,
-                                                                      tmp_path, capsys):
-    """The paper's "SFD", and plain reuse. Catches a warm-up of an f that is not there, blocks that
-    are skipped nevertheless, and an f that is saved."""
-    out = train(train_stage2, tmp_path / "run", *real.again, *words, "--warmup", 9)
+def test_without_cache_or_without_f_the_student_learns_from_the_start(
+        words, skipped, real, tmp_path, monkeypatch, capsys):
+    """The paper's "SFD", and plain reuse, with the references of another run. Catches a warm-up of
+    an f that is not there, blocks that are skipped nevertheless, an f that is saved, and hours of
+    the teacher."""
+    monkeypatch.setattr(train_stage2, "make_references", None)
+    out = train(train_stage2, tmp_path / "run", *real.again, *words, "--warmup", 9,
+                "--references-from", real.stage2)
+    assert references_of(out).equal(references_of(real.stage2))
     reached = {name.split(".")[1] for name in pulls(out) if "blocks" in name}
     assert reached == {"0", "1", "2"} - skipped
     assert f"{1.333 if skipped else 2:.3f} network evaluations" in capsys.readouterr().out
