@@ -26,8 +26,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import run
 import torch
-from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
-                       StableDiffusion3Pipeline)
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -193,6 +192,11 @@ def prompts():
 
 
 @pytest.fixture(scope="session")
+def decode():
+    return model.Decoder(TINY, CPU)
+
+
+@pytest.fixture(scope="session")
 def stock_pipe():
     """The committed teacher through diffusers alone, exactly as the README tells it."""
     pipe = StableDiffusion3Pipeline.from_pretrained(
@@ -201,8 +205,9 @@ def stock_pipe():
     return pipe
 
 
-def stock_latents(pipe, captions, noise, **arguments):
-    return pipe(captions, latents=noise, max_sequence_length=0, output_type="latent",
+def stock_pictures(pipe, captions, noise, **arguments):
+    """[B, 3, 32, 32] from 0 to 1."""
+    return pipe(captions, latents=noise, max_sequence_length=0, output_type="pt",
                 **arguments).images
 
 
@@ -674,40 +679,44 @@ def test_nfe_counts_the_papers_numbers():
 
 @pytest.mark.parametrize("steps, told", [
     (2, [1.0, 0.5]), (4, [1.0, 0.75, 0.5, 0.25])])
-def test_the_stock_pipeline_gives_the_students_latents(stock_pipe, finished, prompts, steps, told):
+def test_the_stock_pipeline_gives_the_students_pictures(stock_pipe, finished, prompts, decode,
+                                                        steps, told):
     """One grid for training, sampling and export. student/ is a stock folder. Catches another last
-    level, our class's name or f's weights in the folder."""
+    level, latents scaled otherwise than the VAE's, our class's name or f's weights in the folder.
+    """
     student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, CPU)
     noise = sampler.image_noise(0, range(3), SHAPE)
     with torch.no_grad():
-        ours = sampler.roll_out(student, noise, prompts.take([0, 1, 2]),
-                                sampler.sigma_grid(steps))[0][-1]
+        latents, _, _ = sampler.roll_out(student, noise, prompts.take([0, 1, 2]),
+                                         sampler.sigma_grid(steps))
+        ours = decode(latents[-1]).clamp(0, 1)
     stock, notes = SD3Transformer2DModel.from_pretrained(
         finished / "student", torch_dtype=torch.float32, output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
     assert stock.load_config(finished / "student")["_class_name"] == "SD3Transformer2DModel"
     pipe = StableDiffusion3Pipeline(**{**stock_pipe.components, "transformer": stock})
     pipe.set_progress_bar_config(disable=True)
-    theirs = stock_latents(pipe, CAPTIONS[:3], noise, num_inference_steps=steps, guidance_scale=1.0,
-                           sigmas=told)
+    theirs = stock_pictures(pipe, CAPTIONS[:3], noise, num_inference_steps=steps,
+                            guidance_scale=1.0, sigmas=told)
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_our_guided_sampler_is_the_stock_one_and_alpha_saves_five_passes(stock_pipe, teacher,
-                                                                         prompts):
+                                                                         prompts, decode):
     """28 steps; five of their sigmas lie above α = 0.94. Catches another grid, swapped branches,
     another empty prompt, < for ≤, and a pass made for nothing."""
-    noise, found, passes = sampler.image_noise(0, range(2), SHAPE), [], []
-    with torch.no_grad():
-        for w, alpha in ((4.0, 1.0), (4.0, 0.94), (1.0, 1.0)):
+    noise, passes = sampler.image_noise(0, range(2), SHAPE), []
+    for w, alpha in ((4.0, 1.0), (1.0, 1.0), (4.0, 0.94)):
+        with torch.no_grad():
             latents, count = sampler.sample_guided(
                 teacher, noise, prompts.take([5, 6]), prompts.uncond(2),
                 sampler.teacher_sigmas(TINY), w, alpha)
-            found.append(latents)
-            passes.append(count)
-    theirs = stock_latents(stock_pipe, CAPTIONS[5:7], noise, num_inference_steps=28,
-                           guidance_scale=4.0)
-    assert passes == [56, 51, 28] and torch.allclose(found[0], theirs, atol=1e-3)
+            ours = decode(latents).clamp(0, 1)
+        passes.append(count)
+        theirs = stock_pictures(stock_pipe, CAPTIONS[5:7], noise, num_inference_steps=28,
+                                guidance_scale=w)
+        assert torch.allclose(ours, theirs, atol=1e-3) == (alpha == 1)
+    assert passes == [56, 28, 51]
 
 
 # ================================================================== Stage II
@@ -724,33 +733,15 @@ BETAS2 = (0.9, 0.95)
 REFERENCE_PROMPTS = torch.randint(24, (8,), generator=run.rng(3407, "references"))
 
 
-@pytest.fixture(scope="session")
-def decode():
-    """The stock VAE, called as the stock pipeline does."""
-    vae = AutoencoderKL.from_pretrained(TINY.source, subfolder="vae", torch_dtype=torch.float32)
-    vae.requires_grad_(False)
-
-    def decode(x):
-        x = x / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(x).sample + 1) / 2
-    return decode
-
-
-def test_references_are_the_alpha_guided_teachers_pictures(finished2, prompts, decode):
+def test_references_are_the_alpha_guided_teachers_pictures(teacher, finished2, prompts, decode):
     """The same prompts and noises as D's turns take, 28 steps, eight bits. Catches another guidance
     rule than Stage I's, and a reference of another noise."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(TINY.source, subfolder="scheduler")
-    scheduler.set_timesteps(28)
-    net, x = stock_net(), sampler.image_noise(3407, range(8), SHAPE, "training")
-    prompt, empty = prompts.take(REFERENCE_PROMPTS), prompts.uncond(8)
+    noise = sampler.image_noise(3407, range(8), SHAPE, "training")
     with torch.no_grad():
-        for sigma, sigma_next in itertools.pairwise(scheduler.sigmas):
-            v = ask(net, x, sigma, prompt)
-            if sigma <= 0.94:
-                v_uncond = ask(net, x, sigma, empty)
-                v = v_uncond + 4 * (v - v_uncond)
-            x = x + (sigma_next - sigma) * v
-        expected = 255 * decode(x).clamp(0, 1)
+        latents, _ = sampler.sample_guided(
+            teacher, noise, prompts.take(REFERENCE_PROMPTS), prompts.uncond(8),
+            sampler.teacher_sigmas(TINY), 4.0, 0.94)
+        expected = 255 * decode(latents).clamp(0, 1)
     kept = references_of(finished2)
     assert kept.dtype == torch.uint8 and kept.shape == (8, 3, 32, 32)
     assert (kept - expected).abs().max() < 0.6, "more than rounding"
@@ -926,37 +917,32 @@ def test_measures_are_taken_prompt_by_prompt():
 @pytest.mark.slow
 def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, tmp_path,
                                                           monkeypatch, capsys):
-    """Two runs, the teacher and the data. Catches a row without its baseline or its name, network
-    evaluations of another span, seconds of nobody, the teacher compared with itself, and what to
-    expect of another protocol."""
+    """A run, its twin, Stage II, the teacher and the data. Catches a row without its baseline or
+    its name, network evaluations of another span, seconds of nobody, the teacher compared with
+    itself, other noises in another row, two rows that are one path, and what to expect of another
+    protocol."""
     monkeypatch.chdir(finished)
-    evaluate.main(["--checkpoint", ".", str(finished2), "--samples-per-prompt", "2",
+    twin = shutil.copytree(finished, tmp_path / "twin")
+    evaluate.main(["--checkpoint", ".", str(twin), str(finished2), "--samples-per-prompt", "2",
                    "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "results.json").read_text()
     result = json.loads(text, parse_constant=pytest.fail)                 # no NaN
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["data", "teacher, w = 4 for sigma <= 0.94", "finished",
-                          "finished, plain reuse", "finished, span skipped", "finished2",
+                          "finished, plain reuse", "finished, span skipped", "twin", "finished2",
                           "finished2, no cache", "finished2, plain reuse"]
     counts = [row["nfe_blocks"] for row in result["rows"]]
-    assert counts[1:3] == [51, 2] and counts[5] == pytest.approx(5 / 3) and counts[6] == 2
-    assert rows["finished2"]["nfe_flops"] > counts[5]
+    assert counts[1:3] == [51, 2] and counts[6] == pytest.approx(5 / 3) and counts[7] == 2
+    assert rows["finished2"]["nfe_flops"] > counts[6]
     assert rows["data"]["right"] == 1 and rows["data"]["frechet_to_data"] is None
     teacher = rows["teacher, w = 4 for sigma <= 0.94"]
     assert teacher["frechet_to_teacher"] is None and teacher["clip_score"] is None
     assert counts[0] is None and rows["data"]["seconds_per_image"] is None
     assert rows["finished"]["seconds_per_image"] > 0 and len(
         rows["finished"]["by_prompt"]["right"]) == 24
-    # Row by row the same noises: what Stage I's own path shows is what the sampler makes of them.
-    student, _, _ = model.load_student(finished, run.read_settings(finished), TINY, CPU)
-    noise = sampler.image_noise(1, [0, 1], SHAPE)
-    texts = model.Prompts(TINY, CAPTIONS[:1], CPU)
-    with torch.no_grad():
-        latents, _, _ = sampler.roll_out(student, noise, texts.take([0, 0]), sampler.sigma_grid(2))
-        shown = model.Decoder(TINY, CPU)(latents[-1]).clamp(0, 1)
-    _, (one, two) = evaluate.TinyMeter(TINY)(shown, CAPTIONS[0])
-    distance = (one - two).norm().item()
-    assert rows["finished"]["by_prompt"]["diversity"][0] == pytest.approx(distance, rel=1e-3)
+    different = {tuple(row["by_prompt"]["diversity"]) for row in result["rows"]}
+    assert len(different) == len(rows) - 1, "rows of one path"
+    assert rows["twin"]["by_prompt"] == rows["finished"]["by_prompt"]
     printed = capsys.readouterr().out
     assert "| finished2 |" in printed and "eight training seeds" not in printed
     assert (tmp_path / "out" / "grid.png").exists()

@@ -1,3 +1,3 @@
 """Fixtures that the tests in tools/ share with test_all.py."""
 
-from test_all import finished, prompts, stock_pipe, teacher, turns1  # noqa: F401
+from test_all import decode, finished, prompts, stock_pipe, teacher, turns1  # noqa: F401
