@@ -116,22 +116,28 @@ def meters(folder):
         CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder / name)
     Dinov2Model(Dinov2Config(**vision)).save_pretrained(folder / "dino")
     BitImageProcessor(**size).save_pretrained(folder / "dino")
-    return ["--clip", folder / "clip", "--pickscore", folder / "pickscore", "--dino",
-            folder / "dino"]
+    return ["--clip", f"{folder}/clip", "--pickscore", f"{folder}/pickscore",
+            "--dino", f"{folder}/dino"]
 
 
-def test_a_real_model_goes_from_training_to_the_table(real, tmp_path, capsys):
-    """Catches a column of one world asked of the other, and two rows that are one path."""
+def test_a_real_model_goes_from_training_to_the_table(real, tmp_path, monkeypatch, capsys):
+    """Catches a column of one world asked of the other, two rows that are one path, a long prompt
+    whose end nobody reads, and nobody says so, and a missing network that is not named by its
+    option."""
     prompts, out = tmp_path / "prompts", tmp_path / "out"
-    prompts.write_text('an old cat\n{"prompt": "a red ../fox"}\n')
+    prompts.write_text('an old cat\n{"prompt": "' + 300 * "a red ../fox " + '"}\n')
     argv = [str(word) for word in [
         "--model", real.base, "--checkpoint", real.stage1, real.stage2, "--prompts", prompts,
-        "--samples-per-prompt", 2, "--teacher", "all", *meters(tmp_path), "--out", out]]
+        "--samples-per-prompt", 2, "--teacher", "all", "--out", out]]
+    monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", True)
+    line = refused(evaluate.main, argv, capsys)
+    assert model.CLIP in line and line.endswith("--clip")
     sampler.main(["--checkpoint", str(real.stage2), "--prompts", str(prompts), "--num-images", "3",
                   "--out", str(tmp_path / "grid.png")])
     with Image.open(tmp_path / "grid.png") as picture:    # two pixels of white around each
         assert picture.size == (3 * 66, 2 * 66)
-    evaluate.main(argv)
+    assert "1 of 3 prompts have more than T5's 256 tokens" in capsys.readouterr().out
+    evaluate.main([*argv, *meters(tmp_path)])
     assert not (real.stage2 / "prompts.safetensors").exists(), "they are its Stage I's"
     rows = {row["name"]: row for row in run.read_json(out / "results.json")["rows"]}
     assert list(rows)[0] == "teacher, w = 7 for sigma <= 0.94"
@@ -143,12 +149,6 @@ def test_a_real_model_goes_from_training_to_the_table(real, tmp_path, capsys):
     assert rows["stage2"]["speedup"] > 1
     with Image.open(out / "grid.png") as picture:         # ten rows, two prompts of two pictures
         assert picture.height == 10 * 66 and picture.width > 4 * 66
-
-
-def test_prompts_that_are_cut_off_are_counted(real, capsys):
-    """Catches a long prompt whose end nobody reads, and nobody says so."""
-    model.encode_prompts(model.find_preset(str(real.base)), ["a fox", "a fox " * 300], CPU)
-    assert "1 of 2 prompts have more than T5's 256 tokens" in capsys.readouterr().out
 
 
 def snippets(page, replaced):
@@ -283,16 +283,6 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_is_written(harm, wo
     harm(shutil.copytree(real.base, tmp_path / "base"))
     argv = line_of(train_stage1, out, "--model", tmp_path / "base")
     assert words in refused(train_stage1.main, argv, capsys) and not out.exists()
-
-
-def test_missing_metric_networks_are_named_by_their_options(real, tmp_path, monkeypatch, capsys):
-    """Catches a message that says the network is missing and not that a folder would do."""
-    monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", True)
-    (tmp_path / "prompts").write_text("a cross")
-    argv = ["--model", real.base, "--checkpoint", real.stage2, "--prompts", tmp_path / "prompts",
-            "--out", tmp_path]
-    line = refused(evaluate.main, [str(word) for word in argv], capsys)
-    assert "openai/clip-vit-large-patch14" in line and line.endswith("--clip")
 
 
 def test_lora_is_merged_into_a_stock_folder(real, tmp_path):

@@ -27,15 +27,15 @@ HERE = Path(__file__).resolve().parent.parent
 
 # ================================================================== tools
 
-def rows(accuracy, entropy, distance):
-    """Rows of results.json for the runs of two training seeds: all captions alike."""
+def rows(variants):
+    """Rows of results.json for the runs of two training seeds, all captions alike. variants are
+    {name: (accuracy, entropy, distance)}."""
     found = []
     for seed in ("1", "2"):
-        for variant in accuracy:
-            found.append({"name": claims.row_name(variant, seed, "runs"), "nfe_blocks": 2.0,
-                          "frechet_to_teacher": distance[variant],
-                          "by_prompt": {"right": 24 * [accuracy[variant]],
-                                        "scene_entropy": 24 * [entropy[variant]],
+        for name, (accuracy, entropy, distance) in variants.items():
+            found.append({"name": claims.row_name(name, seed, "runs"), "nfe_blocks": 2.0,
+                          "frechet_to_teacher": distance,
+                          "by_prompt": {"right": 24 * [accuracy], "scene_entropy": 24 * [entropy],
                                         "read_error": 24 * [0.05], "speckled": 24 * [0.1]}})
     return found
 
@@ -43,16 +43,16 @@ def rows(accuracy, entropy, distance):
 def test_a_claim_is_judged_by_its_interval():
     """Catches a verdict from the mean alone, and a difference with its sign turned."""
     one, plain = claims.EXPERIMENTS["1"][1][:2]
-    text = claims.report("1", rows({one: 0.9, plain: 0.95}, {one: 0.8, plain: 0.2},
-                                   {one: 0.4, plain: 0.9}), ["1", "2"], "runs")
+    measured = rows({one: (0.9, 0.8, 0.4), plain: (0.95, 0.2, 0.9)})
+    text = claims.report("1", measured, ["1", "2"], "runs")
     assert text.count("**holds**") == 1 and text.count("**does not hold**") == 1
     assert "-5.0" in text and "0.25" in text
     a = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     value, low, high = claims.interval(a, "−", 0 * a)
     assert value == 0.5 and low < 0.25 and high > 0.75
-    collapsed = claims.report("1", rows({one: 0.9, plain: 0.9}, {one: 0.0, plain: 0.0},
-                                        {one: 0.4, plain: 0.9}), ["1", "2"], "runs")
-    assert "nan" not in collapsed and "**not decided**" in collapsed
+    collapsed = rows({one: (0.9, 0.0, 0.4), plain: (0.9, 0.0, 0.9)})
+    text = claims.report("1", collapsed, ["1", "2"], "runs")
+    assert "nan" not in text and "**not decided**" in text
 
 
 def test_a_class_pools_its_results(tmp_path, capsys):
