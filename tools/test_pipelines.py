@@ -31,8 +31,8 @@ import sampler
 import train_stage1
 import train_stage2
 from cache import BlockCache
-from test_all import (SHAPE, ask, assert_same_run, metrics, stock_pictures, tensors,
-                      trained_compensation)
+from test_all import (SHAPE, ask, assert_same_run, leave_out_pictures, metrics, stock_pictures,
+                      tensors, trained_compensation)
 from tiny.world import CAPTIONS
 
 # ================================================================== in a stock pipeline
@@ -102,63 +102,59 @@ WORDS = ["--batch-size", "4", "--log-every", "1", "--checkpoint-every", "2", "--
 STAGES = [pytest.param(train_stage1, id="stage 1"), pytest.param(train_stage2, id="stage 2")]
 
 
-class Commands:
-    """Trainings of the miniature with a transformer so small that they take half a second, and in
-    .folder an undisturbed run of each stage."""
-
-    def __init__(self, folder):
-        self.folder, base = folder, folder / "base"
-        shutil.copytree(model.PRESETS["tiny"].source, base)
-        config = SD3Transformer2DModel.load_config(base, subfolder="transformer")
-        torch.manual_seed(0)
-        SD3Transformer2DModel.from_config(
-            config, num_layers=3, num_attention_heads=2, attention_head_dim=16,
-            caption_projection_dim=32).save_pretrained(base / "transformer")
-        tiny = dataclasses.replace(model.PRESETS["tiny"], source=str(base), cached_blocks="0-1")
-        self.presets = {**model.PRESETS, "tiny": tiny}
-        for script in (train_stage1, train_stage2):
-            assert self.run(script, folder / script.__name__) == {0}
-
-    def run(self, script, out, *words, change=lambda: None, count=1):
-        """The exit codes of a command in so many processes, which find each other as torchrun's:
-        minus the signal for one that was killed, None for one that hangs. change() is called in
-        each of them first; what they print is in OUT.log."""
-        words = [*WORDS, *words, "--out", str(out)]
-        if script is train_stage2:
-            words += ["--references", "8", "--warmup", "1", "--init", f"{self.folder}/train_stage1"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-
-        def child(rank):
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
-                              LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-            tqdm.set_lock(threading.RLock())              # not one that a killed fork may hold
-            torch.set_num_threads(1)                      # a pool's threads are not forked
-            sys.stdout = sys.stderr = open(f"{out}.log", "a", buffering=1)
-            model.PRESETS = self.presets
-            train_stage2.D_ONLY = 0                       # turns G (of f alone), D, D, G, D, D
-            sampler.Gallery.save = run.draw_curves = lambda *arguments: {}      # take their time
-            change()
-            script.main(words)
-        fork = multiprocessing.get_context("fork").Process
-        processes = [fork(target=child, args=(rank,), daemon=True) for rank in range(count)]
-        for process in processes:
-            process.start()
-        codes = set()
-        for process in processes:
-            process.join(120)
-            codes.add(process.exitcode)
-            process.kill()
-        return codes
-
-
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    """Commands, in forks of this process."""
+def runs(tmp_path_factory):
+    """A folder with a base whose transformer is so small that a training takes half a second, and
+    with a run of each stage. Commands are started in it."""
     if sys.platform != "linux":
         pytest.skip("elsewhere PyTorch may not survive a fork")
-    return Commands(tmp_path_factory.mktemp("commands"))
+    folder, tiny = tmp_path_factory.mktemp("commands"), model.PRESETS["tiny"]
+    base = shutil.copytree(tiny.source, folder / "base")
+    config = SD3Transformer2DModel.load_config(base, subfolder="transformer")
+    torch.manual_seed(0)
+    SD3Transformer2DModel.from_config(
+        config, num_layers=3, num_attention_heads=2, attention_head_dim=16,
+        caption_projection_dim=32).save_pretrained(base / "transformer")
+    small = dataclasses.replace(tiny, source=str(base), cached_blocks="0-1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", small)
+        patch.setattr(train_stage2, "D_ONLY", 0)          # turns G (of f alone), D, D, G, D, D
+        leave_out_pictures(patch)
+        patch.chdir(folder)
+        for script in (train_stage1, train_stage2):
+            assert start(script, folder / script.__name__) == {0}
+        yield folder
+
+
+def start(script, out, *words, change=lambda: None, count=1):
+    """The exit codes of a command in so many processes, which find each other as torchrun's: minus
+    the signal for one that was killed, None for one that hangs. change() is called in each of them
+    first; what they print is in OUT.log."""
+    words = [*WORDS, *words, "--out", str(out)]
+    if script is train_stage2:
+        words += ["--references", "8", "--warmup", "1", "--init", "train_stage1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
+                          LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+        tqdm.set_lock(threading.RLock())                  # not one that a killed fork may hold
+        torch.set_num_threads(1)                          # a pool's threads are not forked
+        sys.stdout = sys.stderr = open(f"{out}.log", "a", buffering=1)
+        change()
+        script.main(words)
+    fork = multiprocessing.get_context("fork").Process
+    processes = [fork(target=child, args=(rank,), daemon=True) for rank in range(count)]
+    for process in processes:
+        process.start()
+    codes = set()
+    for process in processes:
+        process.join(120)
+        codes.add(process.exitcode)
+        process.kill()
+    return codes
 
 
 LOG = [(run.Run, "log")]                                  # called once in each iteration
@@ -188,22 +184,22 @@ def signalled(number, n, calls, rank=0):
 
 
 @pytest.mark.parametrize("script", STAGES)
-def test_any_number_of_processes_goes_on_and_computes_the_run_of_one(script, commands, tmp_path):
+def test_any_number_of_processes_goes_on_and_computes_the_run_of_one(script, runs, tmp_path):
     """One is killed, two go on until the second is told to stop, one ends it. AdamW's moments tell
     every gradient. Catches a share that is another process's too, a loss that is summed, small
     networks whose gradients nobody averages, a checkpoint that holds one process's part, an
     optimiser that begins anew, and a process that waits for ever for one that has left."""
     out = tmp_path / "run"
     killed, told = signalled(signal.SIGKILL, 3, LOG), signalled(signal.SIGTERM, 3, LOG, rank=1)
-    assert commands.run(script, out, change=killed) == {-9}
-    assert commands.run(script, out, change=told, count=2) == {130}
+    assert start(script, out, change=killed) == {-9}
+    assert start(script, out, change=told, count=2) == {130}
     assert Path(f"{out}.log").read_text().count("stopped after iteration 5, saved") == 1
-    assert commands.run(script, out) == {0}
-    for line, undisturbed in zip(metrics(out), metrics(commands.folder / script.__name__),
+    assert start(script, out) == {0}
+    for line, undisturbed in zip(metrics(out), metrics(runs / script.__name__),
                                  strict=True):            # of several processes the mean
         for name in {"loss_fake", "loss_student", "gap", "loss_d", "loss_g"} & line.keys():
             assert line[name] == pytest.approx(undisturbed[name], rel=1e-3), name
-    one = tensors(commands.folder / script.__name__ / "checkpoint-000006")
+    one = tensors(runs / script.__name__ / "checkpoint-000006")
     other = tensors(out / "checkpoint-000006")
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -216,13 +212,13 @@ def test_any_number_of_processes_goes_on_and_computes_the_run_of_one(script, com
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_training_and_it_ends_well(commands, tmp_path):
+def test_torchrun_starts_a_training_and_it_ends_well(runs, tmp_path):
     """From another directory, on a pipeline folder. Catches processes that abort at the end, and
     lines that each of them prints."""
     script = Path(train_stage1.__file__).resolve()
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         script, *WORDS, "--model", commands.folder / "base", "--pool", "4", "--out", "run"],
+         script, *WORDS, "--model", runs / "base", "--pool", "4", "--out", "run"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr[-3000:]
@@ -233,50 +229,50 @@ def test_torchrun_starts_a_training_and_it_ends_well(commands, tmp_path):
     pytest.param(train_stage1, signal.SIGINT, 3, LOG, id="Ctrl-C"),
     pytest.param(train_stage2, signal.SIGTERM, 3, LOG, id="SIGTERM"),
     pytest.param(train_stage2, signal.SIGINT, 1, [(train_stage2, "sample_guided")], id="early")])
-def test_a_run_that_is_told_to_stop_saves_and_goes_on(script, number, n, calls, commands, tmp_path):
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(script, number, n, calls, runs, tmp_path):
     """Ctrl-C, also while references are made, and SIGTERM. Catches a signal that is lost, one that
     costs an iteration, and an exit code that says all is done."""
     out = tmp_path / "run"
-    assert commands.run(script, out, change=signalled(number, n, calls)) == {130}
+    assert start(script, out, change=signalled(number, n, calls)) == {130}
     assert [path.name[-1] for path in run.checkpoints(out)] == (["2", "3"] if n == 3 else [])
     assert "\nstopped" in Path(f"{out}.log").read_text()
-    assert commands.run(script, out) == {0}
-    assert_same_run(out, commands.folder / script.__name__)
+    assert start(script, out) == {0}
+    assert_same_run(out, runs / script.__name__)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", STAGES)
-def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(script, commands, tmp_path):
+def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(script, runs, tmp_path):
     """A moment is a call that changes the disk: between two of them a kill finds the same files.
     Catches all that a checkpoint lacks, a file that is half there and believed, an old checkpoint
     that goes before the new one is whole, and a folder that is taken for somebody else's."""
     out, newest = tmp_path / "run", [0]
     for n in (*range(1, 13), *sorted(random.Random(3).sample(range(18, 70), 4))):
-        assert commands.run(script, out, change=signalled(signal.SIGKILL, n, DISK)) <= {0, -9}
+        assert start(script, out, change=signalled(signal.SIGKILL, n, DISK)) <= {0, -9}
         newest.append(run.newest_iteration(out))
     assert newest == sorted(newest) and len({*newest}) > 2
-    assert commands.run(script, out) == {0}
-    assert_same_run(out, commands.folder / script.__name__)
+    assert start(script, out) == {0}
+    assert_same_run(out, runs / script.__name__)
 
 
 @pytest.mark.slow
-def test_overwriting_can_be_killed_and_deletes_in_the_run_folder_alone(commands, tmp_path):
+def test_overwriting_can_be_killed_and_deletes_in_the_run_folder_alone(runs, tmp_path):
     """Killed before each call that changes the disk. Catches a half-removed run that is refused for
     ever, that passes for a finished one, or whose rest passes for the new one's, and a link whose
     target is emptied."""
     old, out = tmp_path / "old", tmp_path / "here" / "run"
-    assert commands.run(train_stage1, old, "--seed", "1") == {0}
+    assert start(train_stage1, old, "--seed", "1") == {0}
     out.parent.mkdir()
     (out.parent / "notes.txt").write_text("precious")
     for n in range(1, 9):
-        assert commands.run(train_stage1, out, "--seed", "1", "--overwrite") == {0}
+        assert start(train_stage1, out, "--seed", "1", "--overwrite") == {0}
         (out / "link").symlink_to(old)
         killed = signalled(signal.SIGKILL, n, DISK)
-        assert commands.run(train_stage1, out, "--overwrite", change=killed) == {-9}
+        assert start(train_stage1, out, "--overwrite", change=killed) == {-9}
         saved = out / "settings.json"
         whole = tensors(out / "student").keys() == tensors(old / "student").keys()
         assert whole or not saved.exists() or not run.read_json(saved)["finished"]
-    assert commands.run(train_stage1, out, "--overwrite") == {0}
-    assert_same_run(out, commands.folder / "train_stage1")
+    assert start(train_stage1, out, "--overwrite") == {0}
+    assert_same_run(out, runs / "train_stage1")
     assert {path.name for path in out.parent.iterdir()} == {"run", "run.log", "notes.txt"}
     assert len(metrics(old)) == 6 and tensors(old)
