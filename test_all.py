@@ -309,8 +309,6 @@ def test_importance_curve_is_the_releases():
     released = [1.850721e-3, 2.637901e-3, 3.566290e-4, 8.836208e-5, 7.094266e-6]
     torch.testing.assert_close(p[[0, 252, 500, 678, 1000]], torch.tensor(released),
                                rtol=1e-5, atol=0)
-    assert p.max().item() == pytest.approx(0.0027, rel=0.05)
-    assert 1 - p.argmax().item() / 1000 == pytest.approx(0.776, abs=0.01)
 
 
 def test_the_table_of_equations_names_tests_that_exist():
@@ -567,49 +565,36 @@ KINDS = pytest.mark.parametrize("kind", ["tiny", "sd3-medium", "sd3.5-medium", "
 
 @KINDS
 @BOTH
-def test_the_forward_written_out_is_the_stock_one_bit_for_bit(kind, bf16):
-    """Velocity, residual and gradients; without a span and while it records. Catches streams passed
-    in the wrong order, a flag of a real model that only the stock forward honours, and a detach
-    that changes what a full step learns."""
-    found = []
-    for how in ("stock", "plain", "recording"):
-        net, delta = any_net(kind), None
-        x, prompt = inputs(net)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            if how == "stock":
-                v, stock_delta = stock_step(net, x, 0.75, prompt, (1, 2))
-            else:
-                v, delta = step(net, x, 0.75, prompt, span=(1, 2) if how == "recording" else None)
-        v.square().mean().backward()
-        found.append(gradients(net) | {"velocity": v.detach()})
-    assert same(found[0], found[1]), "without a span it is not the stock forward"
-    assert same(found[0], found[2]), "recording changes velocity or gradient"
-    assert torch.equal(delta[0], stock_delta[0]), "Δ0 is what the span added to the image"
-    assert torch.equal(delta[1], stock_delta[1]), "Δ0 is what the span added to the text"
-
-
-@KINDS
-@BOTH
-def test_a_cached_step_is_the_stock_forward_with_f_in_the_spans_place(kind, bf16):
-    """O_m,1 = I_n,1 + f(Δ0), forward and backward. Catches f on the wrong stream, a span one block
-    off, and an input of the span that step one left behind."""
+def test_the_forward_and_a_cached_step_are_the_stock_ones_bit_for_bit(kind, bf16):
+    """Velocities, gradients and Δ0 of a full step and of O_m,1 = I_n,1 + f(Δ0) after it. Catches
+    streams passed in the wrong order, a flag of a real model that only the stock forward honours, f
+    on the wrong stream, a span one block off, an input of the span that step one left behind, and a
+    Δ0 that step two trains through."""
     found, span = [], (1, 2)
-    for how in ("stock", "ours"):
+    for ours in (False, True):
         net = any_net(kind)
         f, (x, prompt), (x_later, _) = trained_compensation(net), inputs(net), inputs(net, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            if how == "ours":
-                _, delta = step(net, x, 1.0, prompt, span=span)
-                v, _ = step(net, x_later, 0.75, prompt, span=span, delta=delta, f=f)
+            if ours:
+                plain, _ = step(net, x, 1.0, prompt)
+                full, delta = step(net, x, 1.0, prompt, span=span)
+                cached, _ = step(net, x_later, 0.75, prompt, span=span, delta=delta, f=f)
             else:
-                _, (image, text) = stock_step(net, x, 1.0, prompt, span)
-                added = f["image"](image), f["text"](text)
-                v, _ = stock_step(net, x_later, 0.75, prompt, span, added)
-        v.square().mean().backward()
-        found.append((v, gradients(net), gradients(f)))
-    assert torch.equal(found[0][0], found[1][0]), "the velocity (in bf16: cast f(Δ0), then add)"
-    assert same(found[0][1], found[1][1]), "the blocks' gradients: is Δ0 detached?"
-    assert same(found[0][2], found[1][2]), "f's gradients"
+                full, delta = stock_step(net, x, 1.0, prompt, span)
+                added = f["image"](delta[0]), f["text"](delta[1])
+                plain, (cached, _) = full, stock_step(net, x_later, 0.75, prompt, span, added)
+        full.square().mean().backward(retain_graph=True)
+        of_full = gradients(net)
+        net.zero_grad(set_to_none=True)
+        cached.square().mean().backward()
+        found.append({
+            "a step without a span": {"v": plain},
+            "a step that records Δ0": {"v": full} | of_full,
+            "Δ0 is what the span added to each stream": {"image": delta[0], "text": delta[1]},
+            "a cached step (f(Δ0): cast, then added; Δ0: detached)": {"v": cached} | gradients(net),
+            "f's gradients": gradients(f)})
+    for what, expected in found[0].items():
+        assert same(found[1][what], expected), what
 
 
 def test_f_is_its_formula():
@@ -1054,15 +1039,11 @@ def test_a_checkpoint_is_used_while_it_is_newer_than_the_result(finished, tmp_pa
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--alpha", "0.9"], "alpha was 0.94, is 0.9"), (["--seed", "4"], "seed was 3407, is 4"),
-    (["--iterations", "1"], "is at iteration 2 already")])
+    (["--alpha", "0.9"], "alpha was 0.94, is 0.9"), (["--seed", "4"], "seed was 3407, is 4")])
 def test_a_run_with_other_settings_is_refused_and_left_as_it_was(
         finished, tmp_path, argv, words, capsys):
     """Names the difference. Catches a resumed run that mixes two."""
     out = shutil.copytree(finished, tmp_path / "run")
-    if "--iterations" in argv:                            # interrupted, so there is no result yet
-        settings = run.read_json(out / "settings.json")
-        run.write_json(out / "settings.json", settings | {"finished": 0})
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     argv = [*STAGE1, "--iterations", "3", "--out", str(out), *argv]
     assert words in refused(train_stage1.main, argv, capsys)
@@ -1165,7 +1146,6 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
     (train_stage1, ["--form", "x1"], "invalid choice: 'x1'"),
     (train_stage1, ["--alfa", "1"], "unrecognized arguments: --alfa"),
     (train_stage1, ["--model", "sd3-big"], "there is no model sd3-big"),
-    (train_stage1, ["--model", "/tmp"], "is no pipeline folder"),
     (train_stage1, ["--model", "README.md"], "README.md is a file"),
     (train_stage1, ["--accumulation", "5"], "is not a multiple of --accumulation 5"),
     (train_stage1, ["--prompts", "nowhere.txt"], "--prompts nowhere.txt: not a file"),

@@ -58,7 +58,7 @@ EXERCISES = (
              "At i == first keep the span's input; at i == last record Δ0, detached, or add f(Δ0), "
              "cast to the stream's dtype. Blocks take hidden_states (the image), "
              "encoder_hidden_states (the text) and temb, and return (text, image).",
-             ("a_cached_step_is_the_stock", "forward_written_out")),
+             ("forward_and_a_cached_step",)),
     Exercise("the roll-out in 1.67 evaluations", "sampler.py", ("roll_out",),
              "One loop over the pairs of sigmas; Δ0 comes out of each call and goes into the next.",
              ("path_of_more_than_two_steps", "stock_pipeline_gives")),

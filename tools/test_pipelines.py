@@ -231,11 +231,13 @@ def test_torchrun_starts_a_training_and_it_ends_well(runs, tmp_path):
     pytest.param(train_stage2, signal.SIGINT, 1, [(train_stage2, "sample_guided")], id="early")])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(script, number, n, calls, runs, tmp_path):
     """Ctrl-C, also while references are made, and SIGTERM. Catches a signal that is lost, one that
-    costs an iteration, and an exit code that says all is done."""
+    costs an iteration, an exit code that says all is done, and a run that passes for a shorter one.
+    """
     out = tmp_path / "run"
     assert start(script, out, change=signalled(number, n, calls)) == {130}
     assert [path.name[-1] for path in run.checkpoints(out)] == (["2", "3"] if n == 3 else [])
     assert "\nstopped" in Path(f"{out}.log").read_text()
+    assert n == 1 or start(script, out, "--iterations", "2") == {2}
     assert start(script, out) == {0}
     assert_same_run(out, runs / script.__name__)
 

@@ -275,7 +275,8 @@ def changed(part, **values):
     (changed("scheduler/scheduler_config.json", shift=1.0), "shift = 1.0"),
     (changed("scheduler/scheduler_config.json", use_dynamic_shifting=True), "use_dynamic_shifting"),
     (changed("transformer/config.json", _class_name="FluxTransformer2DModel"), "holds a Flux"),
-    (lambda base: (base / "model_index.json").unlink(), "it has no model_index.json")])
+    (lambda base: (base / "model_index.json").unlink(),
+     "is no pipeline folder: it has no model_index.json")])
 def test_a_base_that_does_not_fit_is_refused_before_anything_is_written(harm, words, real, tmp_path,
                                                                         capsys):
     """Catches a student trained on other sigmas than its scheduler gives."""
