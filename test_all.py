@@ -215,7 +215,9 @@ def stock_pictures(pipe, captions, noise, **arguments):
 def turns1(tmp_path_factory):
     """(folder, its four updates) of a Stage I run: fake score, student, fake score, student."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return out, record(train_stage1, [*STAGE1, "--iterations", "2"], out)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_pictures(patch)
+        return out, record(train_stage1, [*STAGE1, "--iterations", "2"], out)
 
 
 @pytest.fixture(scope="session")
@@ -698,9 +700,10 @@ def test_our_guided_sampler_is_the_stock_one_and_alpha_saves_five_passes(stock_p
                 sampler.teacher_sigmas(TINY), w, alpha)
             ours = decode(latents).clamp(0, 1)
         passes.append(count)
-        theirs = stock_pictures(stock_pipe, CAPTIONS[5:7], noise, num_inference_steps=28,
-                                guidance_scale=w)
-        assert torch.allclose(ours, theirs, atol=1e-3) == (alpha == 1)
+        if alpha == 1:
+            theirs = stock_pictures(stock_pipe, CAPTIONS[5:7], noise, num_inference_steps=28,
+                                    guidance_scale=w)
+            assert torch.allclose(ours, theirs, atol=1e-3)
     assert passes == [56, 28, 51]
 
 
