@@ -417,12 +417,11 @@ def test_another_picture_size_goes_through_both_stages(real, tmp_path, capsys):
     ('{"prompt": "a red circle", "id": 7}\n\na cross', ["a red circle", "a cross"]),
     ("of\u2028glass\n", ["of\u2028glass"]), ("\n \n", "no prompt in it"),
     ('{"prompt": "a"}\n{"caption": "b"}', "line 2: neither"), ('a\n["b"]', "line 2: neither")])
-def test_prompts_are_lines_of_text_or_of_json(text, found, tmp_path, capsys):
+def test_prompts_are_lines_of_text_or_of_json(text, found, tmp_path):
     """Catches a bracket that is trained on, and a file that ends in a traceback."""
-    file, out = tmp_path / "prompts.txt", tmp_path / "run"
-    file.write_bytes(text.encode())
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
     if isinstance(found, list):
-        assert model.read_prompts(file) == found
+        assert model.read_prompts(tmp_path / "prompts.txt") == found
     else:
-        argv = line_of(train_stage1, out, "--prompts", file)
-        assert found in refused(train_stage1.main, argv, capsys) and not out.exists()
+        with pytest.raises(run.UserError, match=found):
+            model.read_prompts(tmp_path / "prompts.txt")
