@@ -290,8 +290,9 @@ def test_renoising_reaches_exactly_the_marginal_of_the_higher_level():
 @pytest.mark.parametrize("name, means", [
     ("official", (0.912, 0.619)), ("uniform", (0.892, 0.461)), ("paper", (0.902, 0.590))])
 def test_importance_curves_have_the_released_samplers_means(name, means):
-    """Mean σ in both windows of two steps, as the released sampler gives them (the paper's: as its
-    plot does). Catches a curve read backwards, another shift, and a draw that leaves its window."""
+    """Mean σ in both windows of two steps, as the released sampler gives them (the paper's: as our
+    reading of its plot does). Catches a curve read backwards, another shift, and a draw that leaves
+    its window."""
     u = torch.arange(1000) / 1000
     for (high, low), mean in zip(((1.0, 0.75), (0.75, 0.0)), means, strict=True):
         sigma = draw_sigma(u, torch.full_like(u, high), torch.full_like(u, low),
@@ -303,9 +304,8 @@ def test_importance_curves_have_the_released_samplers_means(name, means):
 
 
 def test_importance_curve_is_the_releases():
-    """Preset c, normalised, at five indices, and its peak. With this blur the whole curve was once
-    compared with the released code's: equal to 6e-8. Catches one that reaches further than 300
-    indices."""
+    """Preset c, normalised, at five indices. With this blur the whole curve was once compared with
+    the released code's: equal to 6e-8. Catches one that reaches further than 300 indices."""
     p = importance_curve("official")
     p = p / p.sum()
     released = [1.850721e-3, 2.637901e-3, 3.566290e-4, 8.836208e-5, 7.094266e-6]
@@ -934,6 +934,12 @@ def test_the_table_measures_each_row_from_the_same_noises(finished, finished2, t
     printed = capsys.readouterr().out
     assert "| finished2 |" in printed and "eight training seeds" not in printed
     assert (tmp_path / "out" / "grid.png").exists()
+
+
+def test_the_default_evaluation_says_what_to_expect():
+    """Catches a reference that nobody is shown."""
+    argv = ["--samples-per-prompt", "32", "--batch-size", "128"]
+    assert len(evaluate.expected(run.parse_settings(evaluate.Settings, argv, "", ""))) == 2
 
 
 def test_the_exact_reader_reads_what_was_drawn():
