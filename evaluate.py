@@ -457,16 +457,14 @@ def main(argv):
     for folder, run in runs.items():
         sampled.add_run(folder, run, spans.get(folder.name))
     rows = sampled.rows
-    baseline = None                                       # seconds of the paper's baseline, 28 × 2
-    for row in rows:                                      # with --teacher all
-        if row["nfe_blocks"] == 2 * TEACHER_STEPS:
-            baseline = baseline or row["seconds_per_image"]
+    # The paper's baseline, 28 × 2, if --teacher all has sampled it.
+    baseline = [row["seconds_per_image"] for row in rows if row["nfe_blocks"] == 2 * TEACHER_STEPS]
     for row, features in zip(rows, sampled.features, strict=True):
         for column, other in (("frechet_to_teacher", teacher), ("frechet_to_data", data)):
             if other is not None and other is not features:       # none of a row from itself
                 row[column] = frechet(features, other).item()
         if baseline and row["seconds_per_image"]:
-            row["speedup"] = baseline / row["seconds_per_image"]
+            row["speedup"] = baseline[0] / row["seconds_per_image"]
 
     # ------------------------------------------------------------- the result
     markdown = table(rows)
