@@ -56,6 +56,7 @@ from transformers import (AutoConfig, CLIPTextModelWithProjection, ConvNextV2Bac
 from transformers.utils import logging as transformers_logging
 
 from cache import CachedSD3, check_span, make_compensation
+from tiny.world import CAPTIONS, WORDS
 
 # Bars of loading would bury the lines of a training; those of downloads stay.
 diffusers_logging.disable_progress_bar()
@@ -456,7 +457,6 @@ GRAMMAR = (
 def default_prompts(preset):
     """The miniature's 24 captions, or the built-in grammar's 80 000 prompts (deviation 8)."""
     if preset.is_tiny:
-        from tiny.world import CAPTIONS
         return CAPTIONS
     return [" ".join(words) for words in itertools.product(*GRAMMAR)]
 
@@ -492,7 +492,6 @@ def choose_prompts(preset, path=None, text=None, pool=None, seed=0):
     elif path:
         texts = read_prompts(path)
     if preset.is_tiny:
-        from tiny.world import WORDS
         unknown = {word for text in texts for word in text.lower().split()} - WORDS
         if unknown:
             print(f"warning: the miniature world does not know {', '.join(sorted(unknown)[:8])}; "
@@ -615,14 +614,12 @@ def load_pipeline(preset, dtype, **parts):
     """The stock StableDiffusion3Pipeline of a base model; parts stand in for its own components."""
     # Loaded one by one, so that a missing tensor is seen. A folder without T5 loads only when it is
     # told so, whatever its model_index.json says.
-    encoders = {"text_encoder": CLIPTextModelWithProjection,
-                "text_encoder_2": CLIPTextModelWithProjection}
+    for name in ("text_encoder", "text_encoder_2"):
+        parts[name] = load_part(CLIPTextModelWithProjection, preset.source, name, dtype)
     if preset.text_length:
-        encoders["text_encoder_3"] = T5EncoderModel
+        parts["text_encoder_3"] = load_part(T5EncoderModel, preset.source, "text_encoder_3", dtype)
     else:
-        parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
-    for name, cls in encoders.items():
-        parts[name] = load_part(cls, preset.source, name, dtype)
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}
     with loading("the pipeline", preset.source):
         return StableDiffusion3Pipeline.from_pretrained(
             preset.source, torch_dtype=dtype, use_safetensors=True, **parts)
