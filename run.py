@@ -111,12 +111,11 @@ def parse_settings(cls, argv, prog, description):
     for field in dataclasses.fields(cls):
         flag, about = "--" + field.name.replace("_", "-"), field.metadata
         text = about["text"].replace("%", "%%")
-        # Where it is None the script decides, by the model.
+        # Where the default is None the script decides, by the model: so --no-..., too.
         default = "" if field.default is None else f" (default: {field.default})"
-        if field.type is bool and field.default is None:  # the script decides: so --no-..., too
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif field.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+        if field.type is bool:
+            action = argparse.BooleanOptionalAction if field.default is None else "store_true"
+            parser.add_argument(flag, action=action, help=text)
         elif field.type is list:
             parser.add_argument(flag, nargs="+", metavar="X", choices=about["choices"], help=text)
         else:
@@ -503,8 +502,12 @@ class Run:
         may have saved it. Metrics logged after that checkpoint are dropped, so that metrics.jsonl
         tells one uninterrupted story (but for `seconds`, which count from the last start)."""
         iteration = newest_iteration(self.folder)
-        if is_main():
-            self._cut_metrics(iteration)
+        log = self.folder / "metrics.jsonl"
+        if is_main() and log.exists():
+            # A kill may have left half a line, without its end.
+            keep = [line for line in log.read_text().splitlines(keepends=True)
+                    if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+            write_text(log, "".join(keep))
         if not iteration:
             return 0
         folder = self.folder / f"checkpoint-{iteration:06d}"
@@ -523,16 +526,6 @@ class Run:
     def _write_settings(self):
         write_json(self.folder / "settings.json",
                    {**self.settings, "finished": self.result, "versions": versions()})
-
-    def _cut_metrics(self, iteration):
-        path = self.folder / "metrics.jsonl"
-        keep = []
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):    # cut off by a kill
-                if json.loads(line)["iteration"] <= iteration:
-                    keep.append(line)
-        write_text(path, "".join(keep))
 
     def bar(self, start, what):
         """The iterations that are to come, with a progress bar."""
