@@ -502,10 +502,11 @@ class Run:
         may have saved it. Metrics logged after that checkpoint are dropped, so that metrics.jsonl
         tells one uninterrupted story (but for `seconds`, which count from the last start)."""
         iteration = newest_iteration(self.folder)
-        log = self.folder / "metrics.jsonl"
-        if is_main() and log.exists():
+        if is_main():
+            log = self.folder / "metrics.jsonl"
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             # A kill may have left half a line, without its end.
-            keep = [line for line in log.read_text().splitlines(keepends=True)
+            keep = [line for line in lines
                     if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
             write_text(log, "".join(keep))
         if not iteration:
