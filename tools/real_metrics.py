@@ -15,6 +15,8 @@ table with each other.
 Dimension key: n pictures of one prompt, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """
 
+import itertools
+
 from run import UserError
 
 import torch
@@ -23,7 +25,6 @@ from transformers import BitImageProcessor, CLIPModel, CLIPProcessor, Dinov2Mode
 from model import CLIP, DINO, PICKSCORE, PICKSCORE_PROCESSOR, load_part, loading
 
 LPIPS_SIDE = 256        # [ours] pixels
-LPIPS_PAIRS = 32        # [ours] pairs at a time, to bound the memory
 
 
 # ================================================================== the meter
@@ -91,9 +92,5 @@ class RealMeter(torch.nn.Module):
         small = torch.nn.functional.interpolate(pictures, (LPIPS_SIDE, LPIPS_SIDE), mode="bicubic",
                                                 antialias=True)
         small = small * 2 - 1                                             # LPIPS wants [−1, 1]
-        # Above the diagonal: each pair once, no picture with itself.
-        left, right = torch.triu_indices(len(small), len(small), offset=1)    # n(n − 1)/2 each
-        distances = []
-        for a, b in zip(left.split(LPIPS_PAIRS), right.split(LPIPS_PAIRS), strict=True):
-            distances.append(self.lpips(small[a], small[b]).flatten())
-        return torch.cat(distances).mean()
+        pairs = itertools.combinations(small.split(1), 2)                 # n(n − 1)/2 of 1×3×H×W
+        return torch.cat([self.lpips(a, b) for a, b in pairs]).mean()
