@@ -504,7 +504,7 @@ def choose_prompts(preset, path=None, text=None, pool=None, seed=0):
 
 
 def read_metadata(file):
-    """The texts in the header of a safetensors file; None where there is no such file."""
+    """The metadata of a safetensors file; None where there is no such file."""
     if not file.exists():
         return None
     with loading(file.name, file.parent), safe_open(file, "pt") as opened:
@@ -659,7 +659,7 @@ def cost(preset, config, shape, learning, frozen, samples, passes):
 
 def can_compile(preset, device):
     """Whether blocks and VAE decoder are compiled: those of a real model on CUDA, where they are
-    1.3 to 2.8 times as fast (docs/REAL_MODELS.md). Says what is missing for it."""
+    1.3 to 2.5 times as fast (docs/REAL_MODELS.md). Says what is missing for it."""
     if preset.is_tiny or device.type != "cuda":
         return False
     # torch.compile writes kernels for Triton, which builds its launcher with a C compiler.

@@ -1,7 +1,7 @@
 """Stage II of 1.x-Distill: detail, by an adversarial loss on exactly the path that inference takes.
 
     python train_stage2.py                        # continues runs/tiny-stage1, minutes on a CPU
-    python train_stage2.py --cached-blocks none   # without a cache: the paper's "SFD"
+    python train_stage2.py --cached-blocks none --out runs/no-cache     # the paper's "SFD"
     torchrun --nproc-per-node 8 train_stage2.py --model sd3.5-large
 
 Step one runs in full and without gradient; it records Δ0 (cache.py). Step two skips the cached
