@@ -547,12 +547,14 @@ def whereabouts(preset):
         sources += [CLIP, PICKSCORE, PICKSCORE_PROCESSOR, DINO]
     lines = []
     for source in sources:
+        # The hub's cache notes a revision that it has fetched, and a download that was cut off.
         cached = Path(constants.HF_HUB_CACHE, "models--" + source.replace("/", "--"))
-        revision = f" --revision {BACKBONE_REVISION}" if source == BACKBONE else ""
-        where = f"not there: hf download {source}{revision}"
-        if Path(source).is_dir() or cached.is_dir():
-            where = "there"
-        lines.append(f"{source}: {where}")
+        revision = BACKBONE_REVISION if source == BACKBONE else "main"
+        begun = any(cached.glob("blobs/*.incomplete"))
+        if Path(source).is_dir() or (cached / "refs" / revision).exists() and not begun:
+            lines.append(f"{source}: there")
+        else:
+            lines.append(f"{source}: not there: hf download {source} --revision {revision}")
     return "\n".join(lines)
 
 

@@ -490,12 +490,14 @@ def test_no_two_iterations_draw_the_same():
 
 
 def test_the_log_tells_the_gap_by_noise_level():
-    """Catches bins that are fixed while α and the steps are options."""
+    """Catches bins that are fixed while α and the steps are options, and an empty one where a
+    level is α but for its rounding."""
     sigma, gap = torch.tensor([0.2, 0.7, 0.8, 0.97]), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    found = train_stage1.diagnose(gap, sigma, torch.ones(4, *SHAPE), sampler.sigma_grid(2), 0.9)
     bins = {"gap_0_0.5": 1, "gap_0.5_0.75": 2, "gap_0.75_0.9": 3, "gap_0.9_1": 4, "gap": 2.5,
             "x0_mean": 1, "x0_std": 0, "saturation": 0, "x0_batch_std": 0}
-    assert found == bins
+    for steps in (2, 4):                                  # 1, 0.75, 0 and 1, 0.9, 0.75, 0.5, 0
+        sigmas = sampler.sigma_grid(steps)
+        assert train_stage1.diagnose(gap, sigma, torch.ones(4, *SHAPE), sigmas, 0.9) == bins
 
 
 # ================================================================== the cache
@@ -1171,6 +1173,7 @@ def test_a_full_disk_loses_nothing(finished, no_pictures, tmp_path, monkeypatch,
      "has another pool: 24, not 3"),
     (train_stage2, ["--init", "FINISHED", "--references-from", "tiny/student"],
      "holds no references"),
+    (train_stage1, ["--resolution", "64"], "is for real models"),
     (sampler, ["--out", "picture.jpg"], "ends in .png"),
     (sampler, ["--checkpoint", "tiny", "--out", "x.png"], "settings.json is missing"),
     (sampler, ["--checkpoint", "OLD", "--out", "x.png"], "lacks cached_blocks"),

@@ -221,7 +221,8 @@ def diagnose(gap, sigma, x0, sigmas, alpha):
     # |v_teacher − v_fake| by re-noise level. The bins end at 0, 0.5, α, 1 and the steps' levels;
     # one that holds no sample is null in the log. Above α, where nobody is guided, the gap is 0
     # before the first update, up to rounding.
-    edges = sorted({0.0, 0.5, alpha, 1.0, *sigmas.tolist()})
+    # (Rounded, or a level of 0.89999998 beside an α of 0.9 would make a bin of its own.)
+    edges = sorted({0.0, 0.5, alpha, 1.0, *(round(s, 4) for s in sigmas.tolist())})
     for low, high in itertools.pairwise(edges):
         inside = (sigma > low) & (sigma <= high)
         metrics[f"gap_{low:g}_{high:g}"] = gap[inside].mean().item()
@@ -241,6 +242,9 @@ def resolve(settings):
     the transformer's config and the shape [C, H, W] of a latent."""
     preset, device, texts, config, factor = prepare(settings, TINY, SD3, stage=1)
     side = config["sample_size"]
+    if settings.resolution and preset.is_tiny:
+        raise UserError("--resolution is for real models; the miniature's exact reader knows 32 "
+                        "pixels alone")
     if settings.resolution:
         side = settings.resolution // factor
         unit = factor * config["patch_size"]                    # pixels of an image token's side

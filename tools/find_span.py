@@ -17,7 +17,7 @@ from run import UserError, command, option, parse_settings, read_settings, rng
 import torch
 
 from cache import nfe
-from model import (Prompts, default_prompts, download, find_preset, load_student, pick_device,
+from model import (Prompts, choose_prompts, download, find_preset, load_student, pick_device,
                    velocity)
 from sampler import image_noise, roll_out, sigma_grid
 
@@ -59,7 +59,8 @@ def main(argv):
         raise UserError(f"{settings.checkpoint} has one step: there is nothing to reuse")
     preset = download(find_preset(run["model"]))          # now a folder on this disk
     device = pick_device(preset, settings.device)
-    pool = default_prompts(preset)
+    # The prompts that it was trained on.
+    pool = choose_prompts(preset, run["prompts"], None, run["pool"], run["seed"])
     chosen = torch.randint(len(pool), (settings.samples,), generator=rng(settings.seed, "prompts"))
     # Of each roll-out its own prompt: a block may do the same again for one and not for another.
     prompts = Prompts(preset, [pool[j] for j in chosen.tolist()], device)

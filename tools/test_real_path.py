@@ -387,13 +387,19 @@ def test_a_hub_id_trains_offline_from_the_hubs_cache(real, tmp_path, monkeypatch
     pipe.save_pretrained(snapshot, max_shard_size="30KB")
     (tmp_path / "models--someone--sd3" / "refs").mkdir()
     (tmp_path / "models--someone--sd3" / "refs" / "main").write_text("0123")
+    # The backbone's other revision, and a download that was cut off.
+    (tmp_path / "models--facebook--convnextv2-base-22k-224" / "refs" / "main").mkdir(parents=True)
+    (tmp_path / "models--facebook--dinov2-base" / "refs" / "main").mkdir(parents=True)
+    (tmp_path / "models--facebook--dinov2-base" / "blobs").mkdir()
+    (tmp_path / "models--facebook--dinov2-base" / "blobs" / "12.incomplete").touch()
     monkeypatch.setattr(model.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(model.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("asked the network"))
     out = train(train_stage1, tmp_path / "run", "--model", "someone/sd3", "--iterations", 1)
     text = capsys.readouterr().out
     assert "someone/sd3: there" in text
-    assert f"not there: hf download {model.BACKBONE} --revision" in text
+    assert f"not there: hf download {model.BACKBONE} --revision refs/pr/2" in text
+    assert f"not there: hf download {model.DINO}" in text
     assert run.read_settings(out)["model"] == "someone/sd3"
     assert metrics(out) == metrics(real.stage1)[:1]
 

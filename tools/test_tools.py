@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import run
 from run import parse_settings
 
 import torch
@@ -77,9 +78,23 @@ def test_the_commands_of_the_claims_are_commands(capsys):
                                            "evaluate.py"].index)
 
 
-def test_the_span_that_is_proposed_has_the_smallest_error(finished, capsys):
-    """Catches a width that does not give the wanted evaluations, and the largest error."""
-    find_span.main(["--checkpoint", str(finished), "--samples", "2", "--nfe", "1.75"])
+def test_the_span_that_is_proposed_has_the_smallest_error(finished, tmp_path, monkeypatch, capsys):
+    """Catches a width that does not give the wanted evaluations, the largest error, and other
+    prompts than the run's."""
+    folder, texts = tmp_path / "run", []
+    shutil.copytree(finished, folder)
+    (tmp_path / "prompts.txt").write_text("a red cross")
+    run.write_json(folder / "settings.json", run.read_settings(finished) | {
+        "prompts": str(tmp_path / "prompts.txt")})
+
+    class Seen(model.Prompts):
+        def __init__(self, preset, chosen, device):
+            texts.extend(chosen)
+            super().__init__(preset, chosen, device)
+
+    monkeypatch.setattr(find_span, "Prompts", Seen)
+    find_span.main(["--checkpoint", str(folder), "--samples", "2", "--nfe", "1.75"])
+    assert texts == 2 * ["a red cross"]
     text = capsys.readouterr().out
     spans = re.findall(r"(\d+)-(\d+) +([\d.]+)(.*)", text.split("spans of")[1])
     assert len(spans) == 9 and all(int(m) - int(n) == 2 for n, m, _, _ in spans)
