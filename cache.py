@@ -82,8 +82,8 @@ class CachedSD3(SD3Transformer2DModel):
     the attention of every block. A block takes (image, text, temb) and returns (text, image): each
     stream plus what the block added to it. temb is one vector for each sample, made of the timestep
     and the pooled prompt; it scales and shifts the streams inside every block. The last block
-    returns no text, since nothing reads it. So a span must end before the last block: of that
-    one there is no text residual, and no later block could correct what was reused.
+    returns no text, since nothing reads it. So a span must end before the last block: it
+    has no text residual, and no later block could correct what was reused.
     """
 
     def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
@@ -120,7 +120,8 @@ class CachedSD3(SD3Transformer2DModel):
                 image_in, text_in = image, text
                 if reuse:
                     # O_m,1 = I_n,1 + f(Δ0): only the span's own contribution is borrowed from step
-                    # one, and f corrects it for step two. f is fp32, the streams may be bf16.
+                    # one, and f corrects it for step two. (f may be fp32 where the
+                    # streams are bf16.)
                     added = apply_compensation(f, delta)
                     image = image_in + added[0].to(image.dtype)           # B×T×D
                     text = text_in + added[1].to(text.dtype)              # B×L×D

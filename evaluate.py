@@ -47,8 +47,8 @@ from transformers import ConvNextV2Backbone
 from cache import NOTHING, make_compensation, nfe
 from losses import guidance_weight
 from model import (Decoder, Prompts, check_base, choose_prompts, download, empty_transformer,
-                   find_preset, forward_flops, load_part, load_student, load_transformer,
-                   parse_span, pick_device)
+                   find_preset, forward_flops, frozen_dtype, load_part, load_student,
+                   load_transformer, parse_span, pick_device)
 from sampler import (TEACHER_STEPS, image_noise, roll_out, sample_guided, save_pictures, sigma_grid,
                      teacher_sigmas)
 from tiny.world import CAPTIONS, draw, measure, sample_labels
@@ -70,8 +70,8 @@ class Settings:
     samples_per_prompt: int = option(None, "n, samples for each prompt (tiny: 32, others: 4)",
                                      low=2, high=4096)
     batch_size: int = option(None, "images at a time (tiny: 128, others: 4)", low=1, high=10_000)
-    teacher: str = option("alpha", "its rows: alpha = the one that Fréchet distances are taken to; "
-                          "all = also guided everywhere, unguided, in few steps (slow)",
+    teacher: str = option("alpha", "rows of the teacher: alpha = guided by Eq. 4; all = also "
+                          "guided everywhere, unguided, in few steps (slow); no = none",
                           choices=("alpha", "all", "no"))
     alpha: float = option(0.94, "the teacher's alpha: Fréchet distances are taken to it, whatever "
                           "a run was trained with [paper, second hand]", low=0, high=1)
@@ -279,7 +279,7 @@ class Rows:
             paths.append((f"teacher, w = {w:g} everywhere", stock, w, 1.0))
             paths.append(("teacher, no guidance", stock, 1.0, 1.0))
             paths.append((f"teacher at {steps} steps, not distilled", own, 1.0, 1.0))
-        teacher = load_transformer(self.preset, frozen_on=self.device).to(self.device)
+        teacher = load_transformer(self.preset, frozen_dtype(self.device)).to(self.device)
         for name, sigmas, guidance, row_alpha in paths:
             def sample(noise, prompt):                    # called within this round of the loop
                 uncond = self.prompts.uncond(len(noise))

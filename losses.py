@@ -41,7 +41,8 @@ With the paper in hand, find here what computes it, and the test in test_all.py 
                                  dmd_loss_official                  turn_of_stage_one
     official train_stage2.py     train_stage2.turn_of               turns_are
     official model/D.py          model.Discriminator                discriminator_is
-                                 the losses of Stage II             discriminator_turn
+    official losses of Stage II  discriminator_loss                 discriminator_turn
+                                 generator_loss                     generator_turn
 
 Constants carry their origin: [paper] ("second hand": quoted by others), [official] (the released
 code's value) or [ours]. "Deviation n" is an entry of docs/DEVIATIONS.md.
@@ -84,18 +85,17 @@ def euler(x, v, sigma, sigma_next):
 
 
 def renoise(x, a, b, noise):
-    """x at level a to level b ≥ a with fresh noise (Stage I; official: processor.py).
+    """x at level a < 1 to level b ≥ a with fresh noise (Stage I; official: processor.py).
 
     x_b = shrink·x_a + √(b² − (a·shrink)²)·noise   with   shrink = (1 − b)/(1 − a)
 
-    At b = a that is x itself, also at level 1, where the quotient is 0/0.
+    At b = a that is x itself.
     """
     assert x.shape == noise.shape, "one noise for each latent"
     a = to_shape(a, x)
     b = to_shape(b, x)
-    # x_a holds (1 − a)·x0, level b wants (1 − b)·x0: shrink by (1 − b)/(1 − a). At a = 1 there is
-    # no picture left to shrink and no noise to add, so x stays as it is.
-    shrink = torch.where(a < 1, (1 - b) / (1 - a).clamp(min=EPSILON), torch.ones_like(a))
+    # x_a holds (1 − a)·x0, level b wants (1 − b)·x0.
+    shrink = (1 - b) / (1 - a)
     # The shrinking takes the old noise with it, from a down to a·shrink, which is less than b.
     # Variances of independent noises add, so b² − (a·shrink)² is missing. Draw exactly that much.
     # At b ≈ a float error can make the difference negative, and its root NaN: clamp it.
@@ -111,13 +111,13 @@ def guidance_weight(sigma, w, alpha):
     sigma [B] or a number; returns the same shape. Weight 1 is no guidance. This is the rule: Stage
     I, the references of Stage II and the teacher's rows of the evaluation all come here, so whoever
     wants another rule changes this function and nothing else. Two things to know. For w = 1 it must
-    return 1: a student that makes references is called with w = 1. And evaluate.py uses the new
-    rule for its teacher, whatever rule a run was trained with.
+    return 1: a student that makes references (train_stage2's `--reference RUN`) is called with
+    w = 1. And evaluate.py uses the new rule for its teacher, whatever rule a run was trained with.
     """
     # At high noise the layout begins. Guidance there pulls every sample to the most likely layout,
-    # mostly before the guess x̂0 shows one (docs/RESULTS.md). The student sees the guided teacher
-    # alone and never learns the other layouts. Off at high noise, on below: the layouts stay varied
-    # and the details still get their guidance.
+    # mostly before the guess x̂0 shows one (docs/RESULTS.md). The student sees only the guided
+    # teacher, so it never learns the other layouts. Off at high noise, on below: the layouts stay
+    # varied and the details still get their guidance.
     # α is compared with the shifted σ, inclusive, as in the official code (deviation 1: the paper's
     # own t may be unshifted, and u = 0.94 is σ = 0.979).
     return torch.where(torch.as_tensor(sigma) <= alpha, w, 1.0)
@@ -229,9 +229,9 @@ def dmd_loss(p, p_teacher, p_fake):
     """Distribution matching (Stage I): a scalar whose gradient with respect to p is
     (p_fake − p_teacher) / mean|p − p_teacher|, for each sample, times 1/(B·C·H·W).
 
-    p [B, C, H, W] is the student's sample, with gradient. It was re-noised; p_teacher and p_fake,
-    without gradient, are where one Euler step with the teacher's, and with the fake score's,
-    velocity brings the re-noised sample back to the level of p.
+    p [B, C, H, W] is the student's sample, with gradient. Both networks have seen the same
+    re-noised copy of it. p_teacher is where one Euler step with the teacher's velocity brings this
+    copy, back at the level of p; p_fake the same by the fake score. Neither has a gradient.
     """
     assert p.ndim == 4 and p.shape == p_teacher.shape == p_fake.shape
     # 1. The direction. Nobody can compute the divergence between the student's and the teacher's
@@ -284,7 +284,7 @@ def fake_score_loss(v, x, x0, sigma):
     # σ = 0.03 and 59 % at 0.003, the grid's lowest level. So they stay fp32.
     assert x.dtype == x0.dtype == torch.float32, "latents stay in fp32"
     target = (x - x0) / to_shape(sigma, x)
-    return F.mse_loss(v.float(), target)
+    return F.mse_loss(v, target)
 
 
 # ================================================================== Stage II: adversarial losses
@@ -317,5 +317,4 @@ def generator_loss(picture_logits):
 
 
 def _cross_entropy(logits, label):
-    logits = logits.float()
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))

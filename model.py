@@ -293,7 +293,8 @@ SD3_MEDIUM = dict(
     pooled_projection_dim=2048,        # P: 768 + 1280 of the two CLIPs
     pos_embed_max_size=192,            # largest picture: 192 tokens a side
 )
-# A second attention of the image stream alone, in blocks 0 to 12; the paper does not treat it.
+# The paper does not treat SD3.5-Medium. In its blocks 0 to 12 the image stream has a second
+# attention, of its own tokens alone.
 SD35_MEDIUM = {**SD3_MEDIUM, "qk_norm": "rms_norm", "pos_embed_max_size": 384,
                "dual_attention_layers": tuple(range(13))}
 SD35_LARGE = {**SD3_MEDIUM, "qk_norm": "rms_norm", "num_layers": 38, "num_attention_heads": 38,
@@ -380,7 +381,8 @@ def prepare(settings, tiny, sd3, stage):
     given = settings.accumulation
     fill_in(settings, tiny if preset.is_tiny else sd3)
     if given is None:
-        # The scripts' value is for one GPU. Several have smaller batches each, as has a user's own.
+        # The scripts' value is for one GPU and their own batch size. With several processes or a
+        # smaller batch fewer parts do.
         parts = max(1, settings.accumulation // processes())
         settings.accumulation = math.gcd(parts, settings.batch_size // processes())
     settings.model = preset.name                          # a folder's whole path
@@ -578,11 +580,9 @@ def load_part(cls, source, part, dtype, harmless=None, **others):
     return net.to(dtype).eval()
 
 
-def load_transformer(preset, frozen_on=None):
+def load_transformer(preset, dtype=torch.float32):
     """The base model's transformer, in eval mode: an MMDiT has no dropout, so that train mode would
-    be the same. Networks that learn are fp32; one that never does takes half the memory on a GPU
-    (frozen_on, its device)."""
-    dtype = frozen_dtype(frozen_on) if frozen_on else torch.float32
+    be the same. What learns is fp32; for one that never does see frozen_dtype()."""
     return load_part(CachedSD3, preset.source, "transformer", dtype)
 
 

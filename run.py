@@ -53,7 +53,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 KEEP = 2                        # [ours] how many checkpoints stay on disk while a run trains
-WAIT = timedelta(hours=2)       # [ours] for a process that writes a large checkpoint
+WAIT = timedelta(hours=2)       # [ours] for the others, while one writes a large checkpoint
 # Settings that a resumed run may change. (Another device computes in another precision.)
 MAY_CHANGE = {"out", "iterations", "accumulation", "gradient_checkpointing", "checkpoint_every",
               "sample_every", "log_every", "device", "no_compile", "overwrite", "dry_run"}

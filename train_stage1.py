@@ -23,8 +23,9 @@ Functions of other files that it uses:
   velocity(net, x, sigma, prompt)             (v, Δ0), one pass; Δ0 is the cache's, None here
   guided_velocity(teacher, x, …)              v of the teacher by Eq. 4
   roll_out(student, noise, prompt, sigmas)    (latents, velocities, Δ0) of all its steps
-  rng(seed, i, …), my_rows, micro_batches     what is random in iteration i; this process's rows of
-                                              it; those in parts (--accumulation)
+  rng(seed, i, …)                             the generator of iteration i's draws
+  my_rows(batch)                              this process's rows of a global batch
+  micro_batches(batch, n)                     cuts a batch in n parts (--accumulation)
   clip_and_step(optimizers, norm)             clips their gradients jointly, steps, clears them
 prompt and uncond are pairs of tensors: embeds [B, L, J] and pooled [B, P] (model.py).
 
@@ -44,8 +45,8 @@ import torch
 
 from losses import (dmd_loss, dmd_loss_official, draw_sigma, euler, fake_score_loss,
                     importance_curve, renoise, renoise_window, step_end, x0_from_velocity)
-from model import (Decoder, Prompts, cost, download, load_transformer, place, prepare,
-                   save_transformer, velocity)
+from model import (Decoder, Prompts, cost, download, frozen_dtype, load_transformer, place,
+                   prepare, save_transformer, velocity)
 from sampler import Gallery, guided_velocity, image_noise, roll_out, sigma_grid
 
 # ================================================================== settings
@@ -154,10 +155,10 @@ def student_turn(student, teacher, fake_score, draws, path, prompt, uncond, sigm
     v, _ = velocity(student, x_k, sigmas[k], prompt)
     p = euler(x_k, v, sigmas[k], sigma_end)                     # B×C×H×W
 
-    # Two networks judge the same re-noised sample, without gradient. p is re-noised as above, from
-    # its own level. Then each takes one step from σ back to σ_{k+1}: p_teacher is where the
-    # re-noised sample would go if it came from a real picture, p_fake where it would go if it came
-    # from the student. (x depends on p, and dx/dp is dropped, as in DMD.)
+    # Two networks judge the same re-noised sample x, without gradient. p is re-noised as above,
+    # from its own level. Then each takes one step from σ back to σ_{k+1}: p_teacher is where the
+    # guided teacher brings x, p_fake where the fake score brings it. (x depends on p, and dx/dp is
+    # dropped, as in DMD.)
     with torch.no_grad():
         x = renoise(p, sigma_end, sigma, draws["noise_student"].to(p.device))
         v_teacher = guided_velocity(teacher, x, sigma, prompt, uncond, settings.guidance,
@@ -171,14 +172,14 @@ def student_turn(student, teacher, fake_score, draws, path, prompt, uncond, sigm
     return LOSSES[settings.loss](p, p_teacher, p_fake), gap
 
 
-def at_step(path, k):
-    """Each sample's entry at its own step: path [steps, B, C, H, W], k [B] → [B, C, H, W]."""
-    return path[k, torch.arange(len(k))]                        # path[k[b], b] for every sample b
+def at_step(values, k):
+    """Each sample's entry at its own step: values [steps, B, C, H, W], k [B] → [B, C, H, W]."""
+    return values[k, torch.arange(len(k))]                      # values[k[b], b] for every sample b
 
 
 def draw_batch(i, settings, shape, sigmas, texts):
-    """Everything random of iteration i, on the CPU, {name: tensor [B, ...]}: this process's rows of
-    the global batch.
+    """Everything random of iteration i, on the CPU, {name: tensor}: of the global batch of B this
+    process's rows.
 
     It depends on (seed, i) alone. So a resumed run, another device and another number of processes
     see the same numbers.
@@ -215,8 +216,8 @@ SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics
 
 
 def diagnose(gap, sigma, x0, sigmas, alpha):
-    """What diagnoses a run (README: what you see while it trains), of this process's samples: gap
-    and sigma [B] of the student's turn, x0 [B, C, H, W] the end of its path."""
+    """What diagnoses a run, {name: number}, of this process's samples: gap and sigma [B] of the
+    student's turn (README: what you see while it trains), x0 [B, C, H, W] the end of its path."""
     metrics = {"gap": gap.mean().item()}
     # |v_teacher − v_fake| by re-noise level. The bins end at 0, 0.5, α, 1 and the steps' levels;
     # one that holds no sample is null in the log. Above α, where nobody is guided, the gap is 0
@@ -276,10 +277,11 @@ def main(argv):
     # ------------------------------------------------------------- three networks, one base
     preset = download(preset)                                   # now a folder on this disk
     prompts = Prompts(preset, texts, device, [run.folder])      # frees the text encoders again
-    # place() moves a network to its device; several processes share it in pieces. frozen_on: it
-    # never learns, so on a GPU bf16 is enough. compiled is False on a CPU (model.can_compile).
+    # place() moves a network to its device; several processes share it in pieces. The teacher never
+    # learns, so on a GPU bf16 is enough; what learns is fp32. compiled is False on a CPU
+    # (model.can_compile).
     compiled = not settings.no_compile
-    teacher = place(load_transformer(preset, frozen_on=device), device, compiled)
+    teacher = place(load_transformer(preset, frozen_dtype(device)), device, compiled)
     student = place(load_transformer(preset), device, compiled)
     fake_score = place(load_transformer(preset), device, compiled)
     teacher.requires_grad_(False)

@@ -41,8 +41,9 @@ from tqdm import tqdm
 
 from cache import make_compensation, nfe
 from losses import discriminator_loss, euler, generator_loss
-from model import (Decoder, Discriminator, Prompts, add_lora, cost, download, load_student,
-                   load_transformer, parse_span, place, prepare, save_transformer, velocity)
+from model import (Decoder, Discriminator, Prompts, add_lora, cost, download, frozen_dtype,
+                   load_student, load_transformer, parse_span, place, prepare, save_transformer,
+                   velocity)
 from sampler import Gallery, image_noise, roll_out, sample_guided, sigma_grid, teacher_sigmas
 
 # ================================================================== settings
@@ -99,8 +100,8 @@ BETAS = (0.9, 0.95)             # [official] student, f and D; [paper, second ha
 WEIGHT_DECAY = 1e-4             # [official]
 CLIP_GENERATOR = 2.0            # [official] largest gradient norm of student and f jointly; in the
                                 # warm-up of f alone (deviation 9). D's is not clipped
-D_ONLY = 50                     # [official] no turn of G before 50; its first one is 51, the next
-                                # multiple of 3
+D_ONLY = 50                     # [official] G has no turn before iteration 50. Its first is 51, the
+                                # next multiple of 3
 D_PER_G = 2                     # [official] turns of the discriminator for each of the generator
 
 
@@ -199,7 +200,7 @@ def make_references(settings, preset, stage1, prompts, reference_prompts, decode
     """
     device, shape = prompts.device, stage1["latent_shape"]
     if settings.reference == "teacher":
-        maker = load_transformer(preset, frozen_on=device).to(device)
+        maker = load_transformer(preset, frozen_dtype(device)).to(device)
         sigmas, w = teacher_sigmas(preset), stage1["guidance"]
     else:                                                 # a student has learnt its guidance
         other = read_settings(settings.reference)
@@ -289,7 +290,8 @@ def main(argv):
     steps, shape = stage1["steps"], stage1["latent_shape"]
     if settings.dry_run:
         # The roll-out; in G's turns, one of three, a backward pass of the last step, which counts
-        # two, with checkpointing three. The VAE and the discriminator's backbone come on top.
+        # two, with checkpointing three. The VAE and the discriminator's backbone come on top. No
+        # frozen transformer: the teacher has made its references, and gone, before the training.
         blocks = config["num_layers"]
         cached_step = nfe(2, span, blocks) - 1
         backward = (2 + settings.gradient_checkpointing) * cached_step
@@ -331,7 +333,7 @@ def main(argv):
         networks["compensation"] = f
         optimizers["compensation"] = adamw(f, settings.compensation_lr, BETAS, WEIGHT_DECAY)
     # The generator is student and f together: they share one gradient norm [official].
-    of_generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
+    generator = [optimizers[name] for name in ("student", "compensation") if name in optimizers]
     start = run.restore(networks, optimizers)             # 0, or where a run was interrupted
     sigmas = sigma_grid(steps)                            # 1, 0.75, 0
     gallery = Gallery(preset, prompts)
@@ -365,9 +367,9 @@ def main(argv):
                 with torch.no_grad():
                     picture = decode(last_step(student, x, prompt, sigmas, span, delta, f))
                 reference = references[part["noise_index"]].to(device) / 255
-                # The heads' spectral norms run one power iteration for each pass in train mode. So
-                # that is one a turn, whatever --accumulation is (deviation 11). In G's turns there
-                # is none [official].
+                # In train mode each pass takes one power iteration of the heads' spectral norms.
+                # Only the first micro-batch runs in it, so a turn takes one, whatever
+                # --accumulation is (deviation 11). G's turns take none [official].
                 discriminator.heads.train(part is parts[0])
                 loss, rank = discriminator_turn(discriminator, picture, reference)
                 ranks.append(rank)
@@ -386,7 +388,7 @@ def main(argv):
             # Warm-up [paper, second hand]: f learns alone first, so that the student does not learn
             # to make up for errors that f will remove by itself. (Without it the miniature shows no
             # difference: docs/RESULTS.md.)
-            learners = of_generator
+            learners = generator
             if f is not None and i <= settings.warmup:    # this one included [official]
                 learners = [optimizers["compensation"]]
             norm = clip_and_step(learners, CLIP_GENERATOR)

@@ -1,7 +1,9 @@
 """Makes the tiny teacher again from nothing: a Stable Diffusion 3 pipeline (MMDiT, VAE, two CLIP
 text encoders, no T5), only small, and two vision backbones.
 
-    python -m tiny.make_teacher          # writes tiny/sd3; an hour or two; resumes when interrupted
+    python -m tiny.make_teacher --overwrite     # replaces tiny/sd3; an hour or two
+
+Run again, it goes on from the checkpoints in runs/tiny-teacher.
 
 Nothing of the method is here, and nobody who reads beside the paper needs it. Every constant was
 found by trial [ours].

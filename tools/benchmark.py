@@ -21,7 +21,7 @@ import torch
 
 from cache import BlockCache, make_compensation
 from evaluate import count_nfe
-from model import (check_base, default_prompts, download, find_preset, load_pipeline,
+from model import (check_base, default_prompts, download, find_preset, frozen_dtype, load_pipeline,
                    load_transformer, parse_span, pick_device, place, velocity)
 from sampler import TEACHER_STEPS, roll_out, sigma_grid
 
@@ -108,7 +108,7 @@ def main(argv):
           f"{flops:.3f} by FLOPs, {flops_with_f:.3f} with f")
 
     preset = download(preset)
-    net = place(load_transformer(preset, frozen_on=device), device, settings.compile)
+    net = place(load_transformer(preset, frozen_dtype(device)), device, settings.compile)
     dtype = net.dtype
     f = make_compensation(net.inner_dim).to(device, dtype)            # untrained: as slow
     # Nobody looks at these pictures, so the prompt is noise: no text encoder is needed.

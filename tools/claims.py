@@ -91,7 +91,6 @@ STATEMENTS = (
     ("3", "frechet", STAGE2, "−", F_ONLY, "at most", 0),
     ("3", "points", STAGE2, "−", STAGE1, "at least", -2),           # Stage I has two full steps
     ("3", "frechet", STAGE2, "÷", STAGE1, "at most", 0.5),
-    ("3", "entropy", STAGE2, "÷", STAGE1, "at least", 0.9),
     ("4", "evaluations", TEACHER, "÷", STAGE2, "at least", 33),
     ("4", "points", STAGE2, "−", TEACHER, "at least", -5),
     ("4", "entropy", STAGE2, "÷", TEACHER, "at least", 0.9),

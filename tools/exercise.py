@@ -1,6 +1,6 @@
 """Ten exercises: write a function of the method yourself, and let the project's tests judge it.
 
-    python -m tools.exercise                # the list, in the order of the reading
+    python -m tools.exercise                # the list
     python -m tools.exercise 4              # exercises/4: a copy without that function's body
     python -m tools.exercise 4 --check      # which property does yours lack?
 

@@ -33,18 +33,18 @@ class Settings:
 
 
 @torch.no_grad()
-def span_errors(student, spans, x0, prompt, sigmas):
+def span_errors(student, spans, noise, prompt, sigmas):
     """For each span the relative error |v_reused − v| ÷ |v| of the second step's velocity when the
-    span's Δ0 is reused as it is; x0 [B, C, H, W] is noise."""
-    latents, _, _ = roll_out(student, x0, prompt, sigmas[:2])
-    x1 = latents[1]                                       # where the student itself has come to
-    full, _ = velocity(student, x1, sigmas[1].item(), prompt)             # B×C×H×W
+    span's Δ0 is reused as it is, from noise [B, C, H, W]."""
+    latents, _, _ = roll_out(student, noise, prompt, sigmas[:2])
+    x = latents[1]                                        # where the student itself has come to
+    full, _ = velocity(student, x, sigmas[1].item(), prompt)              # B×C×H×W
     errors = []
     for span in spans:
         # Step one records the span's Δ0, step two takes it as it is: the worst case, without f.
         # Each step at its own latents and level, as when the student samples.
-        _, delta = velocity(student, x0, sigmas[0].item(), prompt, span)
-        reused, _ = velocity(student, x1, sigmas[1].item(), prompt, span, delta)  # B×C×H×W
+        _, delta = velocity(student, noise, sigmas[0].item(), prompt, span)
+        reused, _ = velocity(student, x, sigmas[1].item(), prompt, span, delta)   # B×C×H×W
         errors.append(((reused - full).norm() / full.norm()).item())
     return torch.tensor(errors)                                           # spans
 
@@ -72,8 +72,8 @@ def main(argv):
     sigmas = sigma_grid(run["steps"])
     errors = torch.zeros(len(spans))                      # the mean over the samples
     for part in torch.arange(settings.samples).split(settings.batch_size):
-        x0 = image_noise(settings.seed, part, run["latent_shape"]).to(device)     # B×C×H×W
-        found = span_errors(student, spans, x0, prompts.take(part), sigmas)
+        noise = image_noise(settings.seed, part, run["latent_shape"]).to(device)  # B×C×H×W
+        found = span_errors(student, spans, noise, prompts.take(part), sigmas)
         errors += found * len(part) / settings.samples
     best = errors.argmin().item()
 
