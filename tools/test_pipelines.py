@@ -142,6 +142,7 @@ def start(script, out, *words, change=lambda: None, count=1):
                           LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
         tqdm.set_lock(threading.RLock())                  # not one that a killed fork may hold
         torch.set_num_threads(1)                          # a pool's threads are not forked
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # `pytest &` ignores it
         sys.stdout = sys.stderr = open(f"{out}.log", "a", buffering=1)
         change()
         script.main(words)
