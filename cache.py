@@ -53,7 +53,7 @@ class Compensation(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x):
-        # Autocast may have recorded Δ0 in bf16; f's weights, which learn, are fp32.
+        # Autocast may have recorded Δ0 in bf16; f's weights are fp32 while they learn.
         x = x.to(self.up.weight.dtype)
         hidden = self.up(self.norm(x))                                    # B×tokens×2D
         return x + self.down(nn.functional.gelu(hidden))                  # B×tokens×D
@@ -65,7 +65,7 @@ def make_compensation(width):
     return nn.ModuleDict({"image": Compensation(width), "text": Compensation(width)})
 
 
-# Stands for f in the baseline "skipped": the span is left out with nothing in its place.
+# f = 0, the baseline "skipped": the span is left out with nothing in its place.
 NOTHING = {"image": torch.zeros_like, "text": torch.zeros_like}
 
 
@@ -82,8 +82,8 @@ class CachedSD3(SD3Transformer2DModel):
     the attention of every block. A block takes (image, text, temb) and returns (text, image): each
     stream plus what the block added to it. temb is one vector for each sample, made of the timestep
     and the pooled prompt; it scales and shifts the streams inside every block. The last block
-    returns no text, since nothing reads it. So a span must end before the last block: it
-    has no text residual, and no later block could correct what was reused.
+    returns no text, since nothing reads it. So a span must end before the last block:
+    that one has no text residual, and no later block could correct what was reused.
     """
 
     def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep,
@@ -198,7 +198,7 @@ class BlockCache:
         self.transformer, self.f, self.steps = transformer, f, steps
         self.steps_left = 0                               # of the path
         self.delta = self.prompt = self.shape = self.timestep = None
-        # Of this one object, not of its class: a module's call looks for self.forward.
+        # An attribute of this one object: a module's call finds it before its class's forward.
         transformer.forward = self
 
     def remove(self):

@@ -15,8 +15,8 @@ same start noises. Then a meter looks at the pictures; in the miniature world it
     scene_entropy        of a caption's pictures, in nats; collapse 0. It grows with n (data: 0.96
                          at 8 samples a caption, 1.13 at 32, 1.16 at 64): compare it at one n
     read_error           mean RMS distance of a picture from the nearest true one; data 0
-    speckled             share of pictures with specks away from the outline, where that distance
-                         is above 0.02
+    speckled             share of pictures with specks: away from the outline their distance from
+                         the nearest true one is above 0.02
     diversity            mean distance of a prompt's pictures from each other, in the features of a
                          vision network
     frechet_to_teacher   distance of all pictures from those of the α-guided teacher; 0 is best
@@ -24,8 +24,8 @@ same start noises. Then a meter looks at the pictures; in the miniature world it
 
 Real models have CLIP score, PickScore and LPIPS instead of the first five (tools/real_metrics.py).
 Seconds count sampling and decoding, not the text encoders; speedup is against the teacher's 28 × 2,
-and empty without --teacher all. Brackets are 95 % intervals over prompts. Read main() first: it
-goes through all this in order.
+and absent where no row has these (--teacher all adds one). Brackets are 95 % intervals over
+prompts. Read main() first: it goes through all this in order.
 
 Dimension key: P prompts, n pictures for each, F features. Pictures [n, 3, H, W] lie in [0, 1].
 """
@@ -432,8 +432,8 @@ def main(argv):
         meter = RealMeter(settings.clip, settings.pickscore, settings.dino)
     meter.to(device)
     # Numbers of two results.json compare only where the protocols are equal: other prompts, seeds,
-    # n or feature networks give other numbers for the same model. Machine and date change none but
-    # the seconds.
+    # n or feature networks give other numbers for the same model. Another machine changes the
+    # seconds and the last digits.
     protocol = {"model": preset.name, "seed": settings.seed, "samples_per_prompt": n,
                 "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
                 "images": n * len(texts), "latent_shape": first_run["latent_shape"],

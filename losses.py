@@ -115,7 +115,7 @@ def guidance_weight(sigma, w, alpha):
     w = 1. And evaluate.py uses the new rule for its teacher, whatever rule a run was trained with.
     """
     # At high noise the layout begins. Guidance there pulls every sample to the most likely layout,
-    # mostly before the guess x̂0 shows one (docs/RESULTS.md). The student sees only the guided
+    # mostly while the guess x̂0 is still a blur (docs/RESULTS.md). The student sees only the guided
     # teacher, so it never learns the other layouts. Off at high noise, on below: the layouts stay
     # varied and the details still get their guidance.
     # α is compared with the shifted σ, inclusive, as in the official code (deviation 1: the paper's
@@ -206,8 +206,8 @@ def draw_sigma(random, high, low, weights):
     random [B] are uniform numbers in [0, 1); high, low [B] come from renoise_window().
     """
     grid = shift_sigma(1 - torch.arange(GRID + 1) / GRID)                 # 1001, falling from 1
-    # 1. Which grid points lie in each sample's window? high belongs to it, low does not. Float
-    #    error may move either off its grid point by 1e-7: 1e-6 keeps high in and low out.
+    # 1. Which grid points lie in each sample's window? high belongs to it, low does not, whatever
+    #    float rounding does: hence 1e-6.
     below_high = grid <= high[:, None] + 1e-6                             # B×1001
     above_low = grid > low[:, None] + 1e-6                                # B×1001
     inside = below_high & above_low
@@ -241,16 +241,16 @@ def dmd_loss(p, p_teacher, p_fake):
     #     p_fake − p_teacher         = (σ − σ_{k+1}) · (v_teacher − v_fake)
     # The same direction, another weight.
     # 2. A loss with the gradient p_fake − p_teacher: half the squared distance to a constant target
-    # p − (p_fake − p_teacher). A descent step moves p to where the teacher points, and away from
-    # where the student already is. The printed value is no distance to anything. Watch the gap
-    # |v_teacher − v_fake| instead, which train_stage1.py logs.
+    # p − (p_fake − p_teacher); its gradient is p minus the target. A descent step moves p to where
+    # the teacher points, and away from where the student already is. The loss's value means
+    # nothing. Watch the gap |v_teacher − v_fake| instead, which train_stage1.py logs.
     with torch.no_grad():
         target = p + p_teacher - p_fake
-        # 3. The scale. The difference grows with σ − σ_{k+1}: in step one 24 times from σ = 0.76 to
-        # 0.99. The sample's mean |p − p_teacher| grows too, four times. Divided by it, as in DMD,
-        # levels differ by a factor of 6. (In step one this distance is nearly all fresh noise. It
-        # does not tell how far the student has to go: docs/RESULTS.md.) One mean for each sample
-        # (deviation 3: official one for each image column).
+        # 3. The scale, DMD's: it evens out the noise levels. The difference grows with σ − σ_{k+1},
+        # in step one 24 times from σ = 0.76 to 0.99. The sample's mean |p − p_teacher| grows with
+        # it (in the miniature four times), so divided by it levels differ less. It does not tell
+        # how far the student has to go (docs/RESULTS.md). One mean for each sample (deviation 3:
+        # official one for each image column).
         scale = (p - p_teacher).abs().mean((1, 2, 3), keepdim=True) + EPSILON     # B×1×1×1
     return (0.5 * (p - target) ** 2 / scale).mean()
 

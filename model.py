@@ -124,8 +124,8 @@ class Decoder:
 
 class Head(torch.nn.Module):
     """Logits [B, places] of a feature map [B, F, h, w] (h·w places, a logit for each) or of pooled
-    features [B, F] (one place). Spectral norms bound its slope, so that it cannot become
-    arbitrarily sure."""
+    features [B, F] (one place). Spectral norms bound its slope: a small change of the
+    features cannot turn its answer."""
 
     def __init__(self, channels, width, pooled):
         super().__init__()
@@ -278,8 +278,8 @@ class Preset:
         return 8 if self.is_tiny else 77 + self.text_length
 
 
-# The three real transformers, as their config.json says it. Nothing here is needed to train them:
-# it lets --dry-run and the count of FLOPs do without a download.
+# The three real transformers, as their config.json says it. Only --dry-run and the count of FLOPs
+# need this: they do without a download.
 SD3_MEDIUM = dict(
     sample_size=128,                   # H = W of the latents at 1024² pixels
     patch_size=2,                      # 2×2 latents become one image token: 64·64 = 4096 tokens
@@ -302,7 +302,7 @@ SD35_LARGE = {**SD3_MEDIUM, "qk_norm": "rms_norm", "num_layers": 38, "num_attent
 
 PRESETS = {
     "tiny": Preset(
-        "tiny", str(HERE / "tiny" / "sd3"),
+        "tiny", str(HERE / "tiny" / "sd3"),       # C 4, H = W 8, T 16, L 8, D 128, J = P 64
         cached_blocks="1-4",           # [ours] SD3-Medium's span to scale: 4 of 12 blocks
         text_length=0, is_tiny=True,
         discriminator=str(HERE / "tiny" / "sd3" / "discriminator_backbone"),
@@ -378,6 +378,8 @@ def prepare(settings, tiny, sd3, stage):
     models and checks what belongs together, before anything is loaded. Returns the preset, the
     device, the prompts, the transformer's config and the VAE's factor."""
     preset = find_preset(settings.model)
+    if getattr(settings, "discriminator", None):          # Stage II's
+        preset = dataclasses.replace(preset, discriminator=settings.discriminator)
     given = settings.accumulation
     fill_in(settings, tiny if preset.is_tiny else sd3)
     if given is None:

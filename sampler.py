@@ -162,7 +162,7 @@ class Gallery:
             save_pictures(pictures, path, self.size)
         texts = [self.prompts.texts[row] for row in self.rows.tolist()]
         if not self.tiny or set(texts) - set(CAPTIONS) or len({*texts}) < len(texts):
-            return {}                                     # captions only, each of them once
+            return {}                                     # the reader needs distinct captions
         captions = torch.tensor([CAPTIONS.index(text) for text in texts])
         found = measure(pictures, captions.repeat_interleave(self.size))
         return {"right": found["right"].mean(),

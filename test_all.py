@@ -7,7 +7,8 @@ tools/test_*.py.
 
 Two kinds of tests carry the rest. An equation is computed by hand. And every turn of both loops is
 computed a second time here, in plain tensor code written from the documented formulas, and its
-gradients are compared with those that the script really produces ("is its formulas").
+gradients are compared with those that the script really produces ("is its formulas"). What it
+takes from ours, f, D and the decoder, has tests of its own.
 """
 
 import itertools

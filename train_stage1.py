@@ -92,7 +92,7 @@ SD3 = dict(
     fake_lr=4e-5,               # [official] faster than the student, which it has to follow
     alpha=0.94,                 # [paper, second hand]; [official] 0.96
     guidance=7.0,               # [official]; [paper, second hand] too
-    pool=2048,                  # [ours] 2.7 MB of host memory each; [official] 100 000
+    pool=2048,                  # [ours] prompts, 2.7 MB of host memory each; [official] 100 000
     accumulation=4,             # [ours] SD3-Medium: 16 at a time fit a GPU of 80 GB
     gradient_checkpointing=True,                          # [official]
     checkpoint_every=50,        # [official]
@@ -136,9 +136,10 @@ def fake_score_turn(fake_score, draws, path, prompt, sigmas, form):
     x = renoise(p, sigma_end, sigma, draws["noise_fake"].to(p.device))
     # The fake score learns the velocity of the straight line through x̂0 and x. In the last step
     # this is exact flow matching: it comes to know the student's samples as the teacher knows real
-    # pictures. In step one, where x still holds some of the noise that x̂0 came from, it is the
-    # official code's approximation (docs/TEACHING.md). It is never guided [official]: it must
-    # describe the student's samples as they are.
+    # pictures. In the steps before, x still holds some of the noise that x̂0 came from: there it
+    # learns where the student goes from such a latent, the official code's practice
+    # (docs/TEACHING.md). It is never guided [official]: it must describe the student's samples as
+    # they are.
     v, _ = velocity(fake_score, x, sigma, prompt)
     return fake_score_loss(v, x, x0, sigma)
 
@@ -157,8 +158,8 @@ def student_turn(student, teacher, fake_score, draws, path, prompt, uncond, sigm
 
     # Two networks judge the same re-noised sample x, without gradient. p is re-noised as above,
     # from its own level. Then each takes one step from σ back to σ_{k+1}: p_teacher is where the
-    # guided teacher brings x, p_fake where the fake score brings it. (x depends on p, and dx/dp is
-    # dropped, as in DMD.)
+    # guided teacher brings x, p_fake where the fake score brings it. (x is made of p, but counts
+    # as a constant, as in DMD.)
     with torch.no_grad():
         x = renoise(p, sigma_end, sigma, draws["noise_student"].to(p.device))
         v_teacher = guided_velocity(teacher, x, sigma, prompt, uncond, settings.guidance,
@@ -212,7 +213,7 @@ def draw_batch(i, settings, shape, sigmas, texts):
     return draws
 
 
-SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # of the metrics, in the bar
+SHOWN = ("loss_fake", "gap", "x0_std", "grad_norm_student")     # metrics in the progress bar
 
 
 def diagnose(gap, sigma, x0, sigmas, alpha):
@@ -220,9 +221,9 @@ def diagnose(gap, sigma, x0, sigmas, alpha):
     student's turn (README: what you see while it trains), x0 [B, C, H, W] the end of its path."""
     metrics = {"gap": gap.mean().item()}
     # |v_teacher − v_fake| by re-noise level. The bins end at 0, 0.5, α, 1 and the steps' levels;
-    # one that holds no sample is null in the log. Above α, where nobody is guided, the gap is 0
-    # before the first update, up to rounding.
-    # (Rounded, or a level of 0.89999998 beside an α of 0.9 would make a bin of its own.)
+    # one that holds no sample is null in the log. Above α nobody is guided: there the gap tells
+    # only how far the fake score has come from the teacher. (Rounded so that a level of
+    # 0.89999998 and an α of 0.9 are one edge.)
     edges = sorted({0.0, 0.5, alpha, 1.0, *(round(s, 4) for s in sigmas.tolist())})
     for low, high in itertools.pairwise(edges):
         inside = (sigma > low) & (sigma <= high)
@@ -279,7 +280,7 @@ def main(argv):
     prompts = Prompts(preset, texts, device, [run.folder])      # frees the text encoders again
     # place() moves a network to its device; several processes share it in pieces. The teacher never
     # learns, so on a GPU bf16 is enough; what learns is fp32. compiled is False on a CPU
-    # (model.can_compile).
+    # (model.prepare).
     compiled = not settings.no_compile
     teacher = place(load_transformer(preset, frozen_dtype(device)), device, compiled)
     student = place(load_transformer(preset), device, compiled)
@@ -300,8 +301,7 @@ def main(argv):
     begun = time.perf_counter()
     bar = run.bar(start, "stage 1")
     for i in bar:
-        # What is drawn, in micro-batches. With one: draws, path, the fake score's update, the
-        # student's update.
+        # One update of each network. With --accumulation 1 each loop over `parts` runs once.
         draws = draw_batch(i, settings, shape, sigmas, texts)
         parts = micro_batches(draws, settings.accumulation)
         paths, losses_fake, losses_student, gaps = [], [], [], []

@@ -74,9 +74,9 @@ TINY = dict(                    # [ours] all by trial, so that a laptop does it 
     iterations=700,
     batch_size=32,
     student_lr=2e-5,            # the official rate is for LoRA; all weights here
-    compensation_lr=3e-4,       # at 1e-3 f itself collapses the scenes
-    discriminator_lr=2e-3,      # by trial; there are 700 turns to learn in, officially 4000
-    warmup=90,                  # of them 14 are G's
+    compensation_lr=3e-4,
+    discriminator_lr=2e-3,      # D has 483 turns to learn in, officially 2683
+    warmup=90,                  # 14 turns of G: 51, 54 … 90
     pool=24,                    # all captions of the miniature world
     accumulation=1,
     gradient_checkpointing=False,
@@ -236,8 +236,8 @@ def check_references(settings, stage1):
         if other["steps"] <= stage1["steps"] or not same_base or not same_size:
             raise UserError(f"--reference {settings.reference} needs more steps than --init "
                             f"{settings.init}, and the same base model and picture size")
-    # Reference j belongs to noise j and to the prompt drawn for it: another draw has other pairs.
-    # Compared with what this run has: Stage I's settings (α, w, size) and its own over them.
+    # Reference j belongs to noise j and to the prompt drawn for it, so seed, prompts and size must
+    # be the same. `own` is Stage I's settings (α, w, size), overridden by this run's.
     if settings.references_from:
         other, own = read_settings(settings.references_from), {**stage1, **vars(settings)}
         if not Path(settings.references_from, "references.safetensors").exists():
@@ -257,8 +257,6 @@ def resolve(settings):
     preset, device, texts, config, _ = prepare(settings, TINY, SD3, stage=2)
     settings.cached_blocks = settings.cached_blocks or preset.cached_blocks
     settings.init = str(Path(settings.init or f"runs/{Path(preset.name).name}-stage1"))
-    if settings.discriminator:
-        preset = dataclasses.replace(preset, discriminator=settings.discriminator)
 
     # Where to start: a Stage I run of the same base model.
     if settings.dry_run and not Path(settings.init).exists():   # before Stage I has run
@@ -310,7 +308,7 @@ def main(argv):
     preset = download(preset)                             # now a folder on this disk
     discriminator = Discriminator(preset, settings.seed).to(device)
     prompts = Prompts(preset, texts, device, [run.folder, settings.init])   # frees the encoders
-    # On the CPU first: place() moves it, when it has its LoRA.
+    # On the CPU, where load_student gives fp32, which learning needs; place() moves it.
     student, _, _ = load_student(settings.init, stage1, preset, torch.device("cpu"))
     torch.manual_seed(settings.seed)                      # f's first layer starts at random
     f = None                                              # plain reuse of Δ0
@@ -396,8 +394,8 @@ def main(argv):
         metrics |= {f"loss_{who}": torch.stack(losses).mean().item(), f"grad_norm_{who}": norm}
         if ranks:
             metrics["d_ranks"] = torch.stack(ranks).mean().item()
-        # clip_and_step clears the gradients of those that took the step. G's loss has left some in
-        # the heads, too, and in the warm-up in the student. Clear all, or the next turn adds them.
+        # G's backward pass also leaves gradients in the heads, and in the warm-up in the student.
+        # clip_and_step clears those of the learners alone. Clear all, or the next turn adds them.
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 

@@ -3,8 +3,8 @@
     python -m tools.find_span --checkpoint runs/tiny-stage1 --nfe 1.67
 
 Each span of the wanted width is tried: step two with the span's Δ0 reused as it is, without f,
-against step two in full, |v_reused − v| ÷ |v|. The span with the smallest error is proposed. Of
-spans of one block (of twelve: --nfe 1.92) this is the error of each block. The paper plots a "reuse
+against step two in full, |v_reused − v| ÷ |v|. The span with the smallest error is proposed. With
+--nfe 1.92 each single block of the miniature's twelve is tried. The paper plots a "reuse
 error" and does not define it; this measure is [ours].
 
 Dimension key: B batch, C latent channels, H W latent size.
