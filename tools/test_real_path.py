@@ -400,6 +400,10 @@ def test_a_hub_id_trains_offline_from_the_hubs_cache(real, tmp_path, monkeypatch
     assert "someone/sd3: there" in text
     assert f"not there: hf download {model.BACKBONE} --revision refs/pr/2" in text
     assert f"not there: hf download {model.DINO}" in text
+    argv = ["--model", "someone/sd3", "--init", str(out), "--cached-blocks", "0-1",
+            "--discriminator", str(real.base)]
+    train_stage2.resolve(run.parse_settings(train_stage2.Settings, argv, "", ""))
+    assert model.BACKBONE not in capsys.readouterr().out, "another one was given"
     assert run.read_settings(out)["model"] == "someone/sd3"
     assert metrics(out) == metrics(real.stage1)[:1]
 
